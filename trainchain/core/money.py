@@ -18,7 +18,8 @@ def parse(text: str, decimals: int = DECIMALS) -> int:
             f"{text!r} is not an amount of tokens.",
             hint=f"Write digits with at most {decimals} after the point, for example 2.50.",
         )
-    return int(match.group(1)) * 10**decimals + int(fraction.ljust(decimals, "0") or "0")
+    unit: int = 10**decimals
+    return int(match.group(1)) * unit + int(fraction.ljust(decimals, "0") or "0")
 
 
 def show(units: int, decimals: int = DECIMALS) -> str:

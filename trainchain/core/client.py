@@ -1,0 +1,247 @@
+"""The hub's verbs over HTTP, for owners and workers: bounded retries, the hub's own words for errors."""
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from trainchain.core.digests import CHUNK, sha256, sha256_file
+from trainchain.core.errors import CODES, TrainChainError
+from trainchain.core.models import PROTOCOL
+
+ATTEMPTS = 6
+TIMEOUT = 20.0
+AGAIN = frozenset({502, 503, 504})
+_STANDARD = frozenset({"type", "title", "status", "detail", "code", "hint"})
+
+Signer = Callable[[dict[str, Any]], str]
+"""Signs the fields of an EIP-4361 message; returns the signature."""
+
+
+class HubClient:
+    """One hub, seen by one wallet (or by nobody, where only public things are asked for).
+
+    Every request may be sent again: the hub's verbs are safe to repeat. Raises `hub.unreachable` after bounded
+    retries, `hub.not_a_hub` for answers that are no hub's, and whatever problem the hub reports, by its code.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        address: str | None = None,
+        sign_in: Signer | None = None,
+        attempts: int = ATTEMPTS,
+        sleep: Callable[[float], None] = time.sleep,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.url = url.rstrip("/")
+        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).netloc:
+            raise TrainChainError("usage.flag", f"{url!r} is not the address of a hub.", hint="--hub https://...")
+        self.address = address
+        self.sent = 0
+        self.received = 0
+        self._sign_in = sign_in
+        self._attempts = attempts
+        self._sleep = sleep
+        self._now = now
+        self._token: str | None = None
+        self._info: dict[str, Any] | None = None
+        self._http = httpx.Client(
+            timeout=httpx.Timeout(TIMEOUT, read=60.0), headers={"trainchain-protocol": str(PROTOCOL)}
+        )
+
+    def close(self) -> None:
+        self._http.close()
+
+    def info(self) -> dict[str, Any]:
+        """What the hub says of itself and its chain; asked once."""
+        if self._info is None:
+            found = self.get("/v1/hub")
+            if found.get("protocol") != PROTOCOL or not isinstance(found.get("chain"), dict):
+                raise TrainChainError("hub.not_a_hub", f"{self.url} does not answer as a hub of protocol {PROTOCOL}.")
+            self._info = found
+        return self._info
+
+    def get(self, path: str, *, signed: bool = False, **params: Any) -> dict[str, Any]:
+        return self._document(self._request("GET", path, signed=signed, params=params))
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None, *, signed: bool = True) -> dict[str, Any]:
+        answer = self._request("POST", path, signed=signed, json=dict(body or {}))
+        return {} if answer.status_code == 204 else self._document(answer)
+
+    def delete(self, path: str) -> None:
+        self._request("DELETE", path, signed=True)
+
+    def raw(self, path: str) -> bytes:
+        """The bytes of a small public answer."""
+        return self._request("GET", path).content
+
+    def upload(self, path: str, file: Path) -> dict[str, Any]:
+        """PUT a file, streamed; started again from its beginning if the connection breaks."""
+        size = file.stat().st_size
+
+        def chunks() -> Iterator[bytes]:
+            with file.open("rb") as source:
+                while chunk := source.read(CHUNK):
+                    self.sent += len(chunk)
+                    yield chunk
+
+        headers = {"content-length": str(size)}
+        return self._document(self._request("PUT", path, signed=True, content=chunks, headers=headers))
+
+    def download(self, digest: str, target: Path, *, size: int | None = None) -> None:
+        """Fetch an object into `target`, checked against its digest before it gets that name.
+
+        Raises `object.digest` where the bytes are others, or more than `size`.
+        """
+        data_path = target.with_name(f".{target.name}.{os.getpid()}.part")
+        received = 0
+        with self._stream(f"/v1/objects/{digest}") as chunks, data_path.open("wb") as file:
+            for chunk in chunks:
+                received += len(chunk)
+                if size is not None and received > size:
+                    raise TrainChainError("object.digest", f"The hub sent more than the {size} bytes of {digest}.")
+                file.write(chunk)
+        self.received += received
+        if (found := sha256_file(data_path)) != digest:
+            data_path.unlink()
+            raise TrainChainError(
+                "object.digest",
+                f"The hub sent other bytes than {digest}: they are {found}.",
+                hint="Try again; if it stays so, do not trust this hub.",
+            )
+        data_path.replace(target)
+
+    def object(self, digest: str, *, cap: int = 64 << 20) -> bytes:
+        """A small public object, checked against its digest."""
+        data = self._request("GET", f"/v1/objects/{digest}", signed=self._sign_in is not None).content
+        if len(data) > cap or sha256(data) != digest:
+            raise TrainChainError("object.digest", f"The hub sent other bytes than {digest}.")
+        self.received += len(data)
+        return data
+
+    def _document(self, answer: httpx.Response) -> dict[str, Any]:
+        try:
+            found = answer.json()
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise TrainChainError(
+                "hub.not_a_hub",
+                f"{answer.request.url} answered, but not as a TrainChain hub.",
+                hint="Check the address after --hub.",
+            )
+        return found
+
+    def _stream(self, path: str) -> "_Streaming":
+        return _Streaming(self._request("GET", path, signed=True, stream=True))
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        signed: bool = False,
+        stream: bool = False,
+        content: Callable[[], Iterable[bytes]] | None = None,
+        headers: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> httpx.Response:
+        """Send until the hub answers, at most `attempts` times with growing pauses; sign in where needed."""
+        failure = ""
+        renewed = False
+        attempt = 0
+        while attempt < self._attempts:
+            if attempt:
+                self._sleep(min(0.2 * 2**attempt, 5.0) * (0.5 + random.random()))
+            attempt += 1
+            extra = dict(headers or {})
+            if signed:
+                extra["authorization"] = f"Bearer {self._session()}"
+            try:
+                payload = content() if content else None
+                request = self._http.build_request(method, self.url + path, headers=extra, content=payload, **options)
+                answer = self._http.send(request, stream=stream)
+                if answer.status_code >= 400:
+                    answer.read()
+            except (httpx.TransportError, OSError) as error:
+                failure = str(error) or type(error).__name__
+                continue
+            if answer.status_code < 400:
+                return answer
+            problem = _problem(answer)
+            if problem is not None and problem.code == "session.required" and signed and not renewed:
+                self._token, renewed = None, True
+                attempt -= 1
+                continue
+            if answer.status_code in AGAIN and problem is None:
+                failure = f"it answered {answer.status_code}"
+                continue
+            raise problem or TrainChainError(
+                "hub.not_a_hub",
+                f"{self.url}{path} answered {answer.status_code}, and not as a TrainChain hub.",
+                hint="Check the address after --hub.",
+            )
+        raise TrainChainError(
+            "hub.unreachable",
+            f"The hub {self.url} did not answer after {self._attempts} tries: {failure}.",
+            hint="Check the address and that `trainchain serve-hub` is running; then try again.",
+        )
+
+    def _session(self) -> str:
+        if self._token is None:
+            if self._sign_in is None or self.address is None:
+                raise TrainChainError("session.required", "This request needs a wallet.")
+            now = self._now()
+            fields = {
+                "domain": urlsplit(self.url).netloc,
+                "address": self.address,
+                "uri": self.url,
+                "chain_id": self.info()["chain"]["chain_id"],
+                "nonce": self.post("/v1/session/nonce", signed=False)["nonce"],
+                "issued_at": now.isoformat(timespec="seconds").replace("+00:00", "Z"),
+                "expiration_time": (now + timedelta(days=1)).isoformat(timespec="seconds").replace("+00:00", "Z"),
+            }
+            signed = {"fields": fields, "signature": self._sign_in(fields)}
+            self._token = str(self.post("/v1/session", signed, signed=False)["token"])
+        return self._token
+
+
+class _Streaming:
+    """The chunks of a streamed answer; a break in the middle is `hub.unreachable`."""
+
+    def __init__(self, answer: httpx.Response) -> None:
+        self._answer = answer
+
+    def __enter__(self) -> Iterator[bytes]:
+        return self._chunks()
+
+    def _chunks(self) -> Iterator[bytes]:
+        try:
+            yield from self._answer.iter_bytes(CHUNK)
+        except (httpx.TransportError, OSError) as error:
+            raise TrainChainError("hub.unreachable", f"A download broke off: {error}.") from None
+
+    def __exit__(self, *_: object) -> None:
+        self._answer.close()
+
+
+def _problem(answer: httpx.Response) -> TrainChainError | None:
+    """The hub's problem document as the error it stands for; None where it is none of ours."""
+    try:
+        document = answer.json()
+    except ValueError:
+        return None
+    code = document.get("code") if isinstance(document, dict) else None
+    if not isinstance(code, str):
+        return None
+    facts = {key: value for key, value in document.items() if key not in _STANDARD}
+    known = code if code in CODES else "hub.failed"
+    return TrainChainError(known, str(document.get("detail", "")), hint=str(document.get("hint", "")), **facts)

@@ -1,0 +1,232 @@
+"""The hub over HTTP: each route parses, calls one verb in a thread, answers. Errors become problem documents."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from trainchain import __version__
+from trainchain.core.errors import TrainChainError
+from trainchain.core.hub import contributions, jobs, leases, sessions, views
+from trainchain.core.hub.service import Hub
+from trainchain.core.models import PROTOCOL, Model, SignedContribution, parse
+from trainchain.core.objects import Spool
+
+log = logging.getLogger(__name__)
+
+SMALL_BODY = 64 << 10
+RECIPE_BODY = 64 << 20
+CHAIN_BODY = 1 << 20
+MAX_WAIT = 25.0
+
+M = TypeVar("M", bound=Model)
+
+
+def problem(error: TrainChainError) -> JSONResponse:
+    """An RFC 9457 problem document with our stable `code`, the `hint`, and the facts."""
+    document = {
+        "type": "about:blank",
+        "title": error.reason.meaning,
+        "status": error.status,
+        "detail": error.message,
+        "code": error.code,
+        "hint": error.hint,
+        **error.facts,
+    }
+    return JSONResponse(document, error.status, media_type="application/problem+json")
+
+
+async def read_into(request: Request, spool: Spool) -> None:
+    """Stream a body into `spool`. A declared length above the cap is refused before anything is read."""
+    declared = request.headers.get("content-length")
+    if declared is None:
+        raise TrainChainError("http.length_required", "Send a Content-Length with the body.")
+    if not declared.isdigit() or int(declared) > spool.cap:
+        spool.size = spool.cap
+        spool.write(b"x")
+    async for chunk in request.stream():
+        spool.write(chunk)
+
+
+async def body(request: Request, cap: int = SMALL_BODY) -> bytes:
+    spool = Spool(cap)
+    with contextlib.closing(spool):
+        await read_into(request, spool)
+        return spool.rewound().read()
+
+
+async def parsed(request: Request, model: type[M], cap: int = SMALL_BODY) -> M:
+    return parse(model, await body(request, cap), code="http.bad_request", what="The request")
+
+
+def create_app(hub: Hub) -> FastAPI:
+    """The ASGI application of one hub process."""
+    app = FastAPI(title="TrainChain hub", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    thread = run_in_threadpool
+
+    @app.exception_handler(TrainChainError)
+    async def expected(_: Request, error: TrainChainError) -> Response:
+        return problem(error)
+
+    @app.exception_handler(HTTPException)
+    async def unrouted(_: Request, error: HTTPException) -> Response:
+        code = "http.not_found" if error.status_code in (404, 405) else "http.bad_request"
+        return problem(TrainChainError(code, f"{error.detail}."))
+
+    @app.exception_handler(Exception)
+    async def bug(_: Request, error: Exception) -> Response:
+        log.error("a request failed", exc_info=error)
+        return problem(TrainChainError("hub.failed", "The hub failed on this request; its log has the details."))
+
+    @app.middleware("http")
+    async def same_protocol(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
+        spoken = request.headers.get("trainchain-protocol", str(PROTOCOL))
+        if spoken != str(PROTOCOL):
+            hint = "pip install --upgrade trainchain"
+            return problem(
+                TrainChainError("hub.protocol", f"This hub speaks protocol {PROTOCOL}, not {spoken[:20]}.", hint=hint)
+            )
+        return await call(request)
+
+    async def wallet(request: Request) -> str:
+        return await thread(sessions.wallet_of, hub, request.headers.get("authorization"))
+
+    async def wait_for(look: Callable[[], Any], seconds: float) -> Any:
+        """Long-poll: look now and whenever the bell rings, until something is found or the time is up."""
+        loop, rung = asyncio.get_running_loop(), asyncio.Event()
+
+        def ring() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop may be closing
+                loop.call_soon_threadsafe(rung.set)
+
+        until = loop.time() + min(seconds, MAX_WAIT)
+        hub.bell.listen(ring)
+        try:
+            while True:
+                rung.clear()
+                found = await thread(look)
+                left = until - loop.time()
+                if found or left <= 0:
+                    return found
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(rung.wait(), min(left, 1.0))
+        finally:
+            hub.bell.forget(ring)
+
+    @app.get("/v1/hub")
+    async def describe() -> dict[str, Any]:
+        return {"protocol": PROTOCOL, "version": __version__, "chain": hub.chain.describe()}
+
+    @app.post("/v1/session/nonce")
+    async def nonce() -> dict[str, Any]:
+        return {"nonce": await thread(sessions.new_nonce, hub)}
+
+    @app.post("/v1/session")
+    async def sign_in(request: Request) -> dict[str, Any]:
+        asked = await parsed(request, sessions.SignIn)
+        host = request.headers.get("host", "")
+        token, address, expires = await thread(sessions.sign_in, hub, asked, host)
+        return {"token": token, "address": address, "expires": expires}
+
+    @app.post("/v1/faucet")
+    async def faucet(request: Request) -> dict[str, Any]:
+        return await thread(hub.chain.drip, await wallet(request))
+
+    @app.post("/chain")
+    async def chain(request: Request) -> Response:
+        answer = await thread(hub.chain.rpc, await body(request, CHAIN_BODY))
+        return Response(answer, media_type="application/json")
+
+    @app.get("/v1/jobs")
+    async def list_jobs() -> dict[str, Any]:
+        return {"jobs": await thread(views.list_jobs, hub)}
+
+    @app.post("/v1/jobs")
+    async def publish(request: Request) -> dict[str, Any]:
+        owner = await wallet(request)
+        publication = await parsed(request, jobs.Publication, RECIPE_BODY)
+        return await thread(jobs.publish, hub, owner, publication)
+
+    @app.get("/v1/jobs/{name}")
+    async def show_job(name: str) -> dict[str, Any]:
+        return await thread(lambda: views.show_job(hub, jobs.find(hub, name)))
+
+    @app.get("/v1/jobs/{job_id}/recipe")
+    async def recipe(job_id: str) -> Response:
+        return Response(await thread(jobs.spec_of, hub, job_id), media_type="application/json")
+
+    @app.get("/v1/jobs/{job_id}/events")
+    async def events(job_id: str, after: int = 0, wait: float = 0.0) -> dict[str, Any]:
+        await thread(hub.job, job_id)
+        return {"events": await wait_for(lambda: views.events_after(hub, job_id, after), wait)}
+
+    @app.put("/v1/jobs/{job_id}/objects/{digest}")
+    async def upload(request: Request, job_id: str, digest: str) -> dict[str, Any]:
+        owner = await wallet(request)
+        cap = await thread(jobs.object_cap, hub, owner, job_id, digest)
+        with contextlib.closing(Spool(cap)) as spool:
+            await read_into(request, spool)
+            return await thread(jobs.keep_object, hub, job_id, digest, spool)
+
+    @app.post("/v1/jobs/{job_id}/fund")
+    async def fund(job_id: str) -> dict[str, Any]:
+        return await thread(jobs.fund, hub, job_id)
+
+    @app.get("/v1/objects/{digest}")
+    async def download(request: Request, digest: str) -> Response:
+        if not await thread(leases.is_public, hub, digest) and not await thread(
+            leases.may_read, hub, await wallet(request), digest
+        ):
+            raise TrainChainError("object.unknown", f"There is no object {digest[:64]} for you here.")
+        size = await thread(hub.objects.size, digest)
+        headers = {"content-length": str(size)} if size is not None else {}
+        return StreamingResponse(hub.objects.stream(digest), headers=headers)
+
+    @app.get("/v1/earned")
+    async def earned(request: Request) -> dict[str, Any]:
+        return {"jobs": await thread(views.jobs_of, hub, await wallet(request))}
+
+    @app.post("/v1/leases")
+    async def take(request: Request) -> Response:
+        worker = await wallet(request)
+        asked = await parsed(request, leases.LeaseRequest)
+        lease = await wait_for(lambda: leases.take(hub, worker, asked.job), asked.wait)
+        return JSONResponse(lease) if lease else Response(status_code=204)
+
+    @app.post("/v1/leases/{lease_id}/beat")
+    async def beat(request: Request, lease_id: str) -> dict[str, Any]:
+        worker = await wallet(request)
+        return await thread(leases.beat, hub, worker, lease_id, await parsed(request, leases.Progress))
+
+    @app.delete("/v1/leases/{lease_id}")
+    async def give_back(request: Request, lease_id: str) -> dict[str, Any]:
+        await thread(leases.give_back, hub, await wallet(request), lease_id)
+        return {"lease": lease_id}
+
+    @app.put("/v1/leases/{lease_id}/objects/{digest}")
+    async def upload_delta(request: Request, lease_id: str, digest: str) -> dict[str, Any]:
+        worker = await wallet(request)
+        cap = await thread(contributions.delta_cap, hub, worker, lease_id)
+        with contextlib.closing(Spool(cap, too_large="delta.too_large")) as spool:
+            await read_into(request, spool)
+            return await thread(contributions.keep_delta, hub, worker, lease_id, digest, spool)
+
+    @app.post("/v1/leases/{lease_id}/contribution")
+    async def contribute(request: Request, lease_id: str) -> dict[str, Any]:
+        worker = await wallet(request)
+        signed = await parsed(request, SignedContribution)
+        return await thread(contributions.contribute, hub, worker, lease_id, signed)
+
+    @app.post("/v1/leases/{lease_id}/evaluation")
+    async def evaluation(request: Request, lease_id: str) -> dict[str, Any]:
+        worker = await wallet(request)
+        report = await parsed(request, contributions.EvaluationReport)
+        return await thread(contributions.evaluated, hub, worker, lease_id, report)
+
+    return app

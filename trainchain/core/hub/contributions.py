@@ -1,0 +1,203 @@
+"""Taking a contribution in: who signed it, whether its lease stands, what its bytes are; then the signed receipt.
+
+A refusal changes nothing: the lease stays as it was, and the round goes on.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import Field
+from sqlalchemy import insert, select, update
+
+from trainchain.core import checks
+from trainchain.core.errors import TrainChainError
+from trainchain.core.hub import schema
+from trainchain.core.hub.leases import mine
+from trainchain.core.hub.service import Hub
+from trainchain.core.hub.store import Row, move, one
+from trainchain.core.models import Model, SignedContribution
+from trainchain.core.objects import Spool
+from trainchain.core.rewards import shard_reward
+from trainchain.core.states import Evaluation, Lease, Round, Shard
+
+
+class EvaluationReport(Model):
+    """What an evaluating child measured: mean negative log-likelihood per supervised token."""
+
+    loss: Annotated[float, Field(ge=0, le=1e6)]
+
+
+def delta_cap(hub: Hub, worker: str, lease_id: str) -> int:
+    """The most bytes the delta of this lease may have."""
+    lease = mine(hub, worker, lease_id)
+    if lease["kind"] != "train":
+        raise TrainChainError("object.unexpected", "This lease asks for a figure, not for a file.")
+    _still_wanted(hub, lease)
+    return checks.delta_cap(hub.shapes(hub.job(lease["job"])))
+
+
+def keep_delta(hub: Hub, worker: str, lease_id: str, digest: str, spool: Spool) -> dict[str, Any]:
+    """Store the uploaded delta of a lease. Raises `delta.wrong_digest`."""
+    lease = mine(hub, worker, lease_id)
+    if spool.digest != digest:
+        raise TrainChainError("delta.wrong_digest", f"Sent as {digest}, the bytes are {spool.digest}.")
+    hub.objects.keep(spool)
+    with hub.store.write() as db:
+        if one(db, schema.objects, digest=digest, job=lease["job"]) is None:
+            db.execute(
+                insert(schema.objects).values(
+                    digest=digest, job=lease["job"], size=spool.size, public=False, present=True
+                )
+            )
+    return {"digest": digest, "size": spool.size}
+
+
+def contribute(hub: Hub, worker: str, lease_id: str, signed: SignedContribution) -> dict[str, Any]:
+    """Judge a contribution and, where it holds, accept it and answer with the hub's signed receipt.
+
+    The first valid contribution by anyone who held a lease on the shard in its round counts, even if that lease
+    has run out since.
+    """
+    lease = mine(hub, worker, lease_id)
+    job = hub.job(lease["job"])
+    given = signed.contribution
+    message = given.model_dump()
+    if lease["kind"] != "train":
+        raise TrainChainError("object.unexpected", "This lease asks for a figure, not for a contribution.")
+    if given.worker.lower() != worker.lower():
+        raise TrainChainError("contribution.wrong_worker", f"The contribution names the worker {given.worker}.")
+    if hub.chain.recover("Contribution", message, signed.signature).lower() != worker.lower():
+        raise TrainChainError("contribution.bad_signature", "The contribution is not signed by its worker.")
+    if given.lease != lease_id:
+        raise TrainChainError("lease.not_yours", "The contribution names another lease than it was sent to.")
+    if given.jobId != lease["job"]:
+        raise TrainChainError("contribution.wrong_job", f"The lease is of job {lease['job']}.")
+    if (given.round, given.shard) != (lease["round"], lease["shard"]):
+        raise TrainChainError(
+            "contribution.wrong_round", f"The lease is of round {lease['round']}, shard {lease['shard']}."
+        )
+    delta = given.deltaHash.removeprefix("0x")
+    _not_seen(hub, lease, delta)
+    round_ = _still_wanted(hub, lease)
+    if given.startHash.removeprefix("0x") != round_["start"]:
+        raise TrainChainError("contribution.wrong_start", f"Round {round_['round']} starts from {round_['start']}.")
+    recipe = hub.recipe(job)
+    if given.encoding != recipe.merge.encoding:
+        raise TrainChainError("contribution.encoding", f"The recipe's encoding is {recipe.merge.encoding}.")
+    size = hub.objects.size(delta)
+    if size is None:
+        raise TrainChainError("delta.missing", f"No bytes were uploaded as {delta}.", hint="Upload the delta first.")
+    if size > checks.delta_cap(hub.shapes(job)):
+        raise TrainChainError("delta.too_large", f"The delta has {size} bytes.")
+    checks.read_delta(hub.objects.get(delta), hub.shapes(job), recipe.training, recipe.steps)
+
+    reward = shard_reward(recipe, lease["round"], lease["shard"])
+    receipt_fields = {
+        "jobId": lease["job"],
+        "round": lease["round"],
+        "shard": lease["shard"],
+        "lease": lease_id,
+        "worker": worker,
+        "deltaHash": given.deltaHash,
+        "amount": reward,
+    }
+    receipt = {
+        **receipt_fields,
+        "amount": str(reward),
+        "hub": hub.chain.address,
+        "chain_id": hub.chain.chain_id,
+        "escrow": hub.chain.escrow,
+        "signature": hub.chain.sign("Receipt", receipt_fields),
+    }
+    _accept(hub, lease, delta, signed, reward, receipt)
+    hub.bell.ring()
+    return receipt
+
+
+def _accept(hub: Hub, lease: Row, delta: str, signed: SignedContribution, reward: int, receipt: dict[str, Any]) -> None:
+    now = hub.clock()
+    with hub.store.write() as db:
+        shard = one(db, schema.shards, job=lease["job"], round=lease["round"], shard=lease["shard"])
+        round_ = one(db, schema.rounds, job=lease["job"], round=lease["round"])
+        current = one(db, schema.leases, id=lease["id"])
+        if shard is None or round_ is None or current is None or round_["state"] != Round.OPEN:
+            raise TrainChainError("round.closed", f"Round {lease['round']} has closed.")
+        if shard["state"] not in (Shard.OPEN, Shard.LEASED) or current["state"] == Lease.DONE:
+            raise TrainChainError("shard.already_accepted", f"Shard {lease['shard']} is already accepted.")
+        if one(db, schema.contributions, job=lease["job"], delta=delta) is not None:
+            raise TrainChainError("contribution.repeat", "The same bytes were already accepted for another shard.")
+        data = {"worker": lease["worker"], "reward": str(reward)}
+        move(db, schema.shards, shard, Shard.CONTRIBUTED, now=now, data={"delta": delta})
+        contributed = one(db, schema.shards, job=lease["job"], round=lease["round"], shard=lease["shard"])
+        assert contributed is not None
+        move(db, schema.shards, contributed, Shard.ACCEPTED, now=now, data=data)
+        move(db, schema.leases, current, Lease.DONE, now=now)
+        db.execute(
+            insert(schema.contributions).values(
+                lease=lease["id"],
+                job=lease["job"],
+                round=lease["round"],
+                shard=lease["shard"],
+                worker=lease["worker"],
+                delta=delta,
+                signed=signed.model_dump(),
+                reward=reward,
+                receipt=receipt,
+                accepted=now,
+            )
+        )
+        db.execute(
+            update(schema.objects)
+            .where(schema.objects.c.job == lease["job"], schema.objects.c.digest == delta)
+            .values(public=True)
+        )
+
+
+def _not_seen(hub: Hub, lease: Row, delta: str) -> None:
+    """A repeat is answered with the receipt it had, so that a worker whose answer was lost still gets it."""
+    with hub.store.read() as db:
+        mine_ = one(db, schema.contributions, lease=lease["id"])
+        copy = one(db, schema.contributions, job=lease["job"], delta=delta)
+        taken = one(db, schema.contributions, job=lease["job"], round=lease["round"], shard=lease["shard"])
+    if mine_ is not None and mine_["delta"] == delta:
+        raise TrainChainError("contribution.repeat", "This contribution was accepted before.", receipt=mine_["receipt"])
+    if taken is not None:
+        raise TrainChainError(
+            "shard.already_accepted", f"A contribution for shard {lease['shard']} is already accepted."
+        )
+    if copy is not None:
+        raise TrainChainError("contribution.repeat", "The same bytes were already accepted for another shard.")
+
+
+def _still_wanted(hub: Hub, lease: Row) -> Row:
+    with hub.store.read() as db:
+        round_ = one(db, schema.rounds, job=lease["job"], round=lease["round"])
+    if round_ is None or round_["state"] != Round.OPEN:
+        raise TrainChainError("round.closed", f"Round {lease['round']} has closed; its contributions are merged.")
+    return round_
+
+
+def evaluated(hub: Hub, worker: str, lease_id: str, report: EvaluationReport) -> dict[str, Any]:
+    """Record the held-out loss that an evaluating child measured; a repeat is harmless."""
+    lease = mine(hub, worker, lease_id)
+    if lease["kind"] != "evaluate" or worker not in hub.evaluators:
+        raise TrainChainError("session.forbidden", "This lease does not ask for a figure.")
+    with hub.store.write() as db:
+        row = one(db, schema.evaluations, job=lease["job"], round=lease["round"])
+        current = one(db, schema.leases, id=lease_id)
+        assert row is not None
+        assert current is not None
+        if row["state"] == Evaluation.LEASED and row["lease"] == lease_id:
+            data = {"loss": report.loss}
+            move(db, schema.evaluations, row, Evaluation.DONE, now=hub.clock(), data=data, loss=report.loss)
+            move(db, schema.leases, current, Lease.DONE, now=hub.clock())
+    hub.bell.ring()
+    return {"loss": report.loss}
+
+
+def accepted(hub: Hub, job_id: str, round_: int | None = None) -> list[Row]:
+    """Accepted contributions of a job (or of one of its rounds), in the order of their digests."""
+    query = select(schema.contributions).where(schema.contributions.c.job == job_id)
+    if round_ is not None:
+        query = query.where(schema.contributions.c.round == round_)
+    with hub.store.read() as db:
+        return list(db.execute(query.order_by(schema.contributions.c.delta)).mappings())

@@ -1,0 +1,219 @@
+"""Publishing a job: its resolved recipe, its objects, and the escrow that must cover it."""
+
+from typing import Annotated, Any
+
+from pydantic import Field
+from sqlalchemy import insert, select, update
+
+from trainchain.core.digests import sha256
+from trainchain.core.errors import TrainChainError
+from trainchain.core.hub import schema
+from trainchain.core.hub.service import EscrowJob, Hub
+from trainchain.core.hub.store import Row, move, one, record
+from trainchain.core.models import Hash32, Model, ResolvedRecipe
+from trainchain.core.money import show
+from trainchain.core.objects import Spool
+from trainchain.core.rewards import job_price, round_cap, round_price
+from trainchain.core.states import Job
+
+MAX_FILES = 1000
+MAX_OBJECT = 1 << 40
+
+
+class Publication(Model):
+    """What an owner publishes; with the owner's address the salt gives the job its id."""
+
+    recipe: ResolvedRecipe
+    salt: Hash32
+
+
+class Named(Model):
+    job: Annotated[str, Field(max_length=66)]
+
+
+def publish(hub: Hub, owner: str, publication: Publication) -> dict[str, Any]:
+    """Take a job in, unfunded; publishing the same again answers the same. Raises `job.invalid`."""
+    recipe = publication.recipe
+    _check(recipe)
+    job_id, now = hub.chain.job_id(owner, publication.salt), hub.clock()
+    text = recipe.canonical()
+    hub.objects.put(text)
+    with hub.store.write() as db:
+        row = one(db, schema.jobs, id=job_id)
+        if row is None:
+            db.execute(
+                insert(schema.jobs).values(
+                    id=job_id,
+                    name=recipe.name,
+                    owner=owner,
+                    salt=publication.salt,
+                    spec_hash=recipe.spec_hash,
+                    recipe=text.decode(),
+                    state=str(Job.UNFUNDED),
+                    created=now,
+                )
+            )
+            record(db, job_id, "job", "published", now, {"spec_hash": recipe.spec_hash})
+            _name_objects(db, job_id, owner, recipe, len(text))
+        elif row["spec_hash"] != recipe.spec_hash:
+            raise TrainChainError("job.invalid", f"Job {job_id} was published with another recipe.")
+    return {"job": job_id, "spec_hash": recipe.spec_hash, "missing": missing(hub, job_id)}
+
+
+def _name_objects(db: Any, job_id: str, owner: str, recipe: ResolvedRecipe, recipe_size: int) -> None:
+    """List what the job is made of. Bytes count as present only where this owner has brought them before:
+    naming a digest must not open somebody else's data."""
+    mine = (
+        select(schema.objects.c.digest)
+        .join(schema.jobs, schema.jobs.c.id == schema.objects.c.job)
+        .where(schema.jobs.c.owner == owner, schema.objects.c.present)
+    )
+    have = set(db.execute(mine).scalars())
+    rows = [
+        {
+            "digest": ref.sha256,
+            "job": job_id,
+            "size": ref.size,
+            "public": ref.sha256 == recipe.lora.initial.sha256,
+            "present": ref.sha256 in have,
+        }
+        for ref in recipe.files()
+    ]
+    rows.append({"digest": recipe.spec_hash, "job": job_id, "size": recipe_size, "public": True, "present": True})
+    db.execute(insert(schema.objects), rows)
+
+
+def _check(recipe: ResolvedRecipe) -> None:
+    """What the types cannot say of a resolved recipe. Raises `job.invalid`, `money.budget_too_small`."""
+    if len(recipe.counts) != recipe.rounds or any(len(row) != recipe.shards for row in recipe.counts):
+        raise TrainChainError("job.invalid", "The counts do not fit rounds x shards.")
+    if not recipe.base_model or len(recipe.files()) > MAX_FILES:
+        raise TrainChainError("job.invalid", f"A job has from one to {MAX_FILES} files.")
+    if any(ref.size > MAX_OBJECT for ref in recipe.files()):
+        raise TrainChainError("job.invalid", "A file of the job is larger than 1 TiB.")
+    if not 0 < recipe.quorum <= 1 or not 0 < recipe.training.learning_rate <= 1:
+        raise TrainChainError("job.invalid", "Quorum and learning rate lie between 0 and 1.")
+    if (price := job_price(recipe)) > recipe.pay.budget:
+        raise TrainChainError(
+            "money.budget_too_small",
+            f"The work costs up to {show(price)} TRAIN; the budget is {show(recipe.pay.budget)}.",
+            hint="Raise `pay.budget`, lower `pay.per_million_tokens`, or train less.",
+        )
+
+
+def missing(hub: Hub, job_id: str) -> list[str]:
+    with hub.store.read() as db:
+        query = select(schema.objects.c.digest).where(
+            schema.objects.c.job == job_id, schema.objects.c.present.is_(False)
+        )
+        return sorted(db.execute(query).scalars())
+
+
+def object_cap(hub: Hub, owner: str, job_id: str, digest: str) -> int:
+    """The size an upload must have. Raises `session.forbidden`, `object.unexpected`."""
+    job = hub.job(job_id)
+    if job["owner"].lower() != owner.lower():
+        raise TrainChainError("session.forbidden", "Only the job's owner uploads its objects.")
+    with hub.store.read() as db:
+        row = one(db, schema.objects, digest=digest, job=job_id)
+    if row is None:
+        raise TrainChainError("object.unexpected", f"Job {job_id} does not name an object {digest}.")
+    return int(row["size"])
+
+
+def keep_object(hub: Hub, job_id: str, digest: str, spool: Spool) -> dict[str, Any]:
+    """Store an uploaded object of a job under its digest. Raises `object.digest`."""
+    if spool.digest != digest:
+        raise TrainChainError("object.digest", f"Sent as {digest}, the bytes are {spool.digest}.")
+    hub.objects.keep(spool)
+    with hub.store.write() as db:
+        db.execute(
+            update(schema.objects)
+            .where(schema.objects.c.job == job_id, schema.objects.c.digest == digest)
+            .values(present=True)
+        )
+    return {"missing": missing(hub, job_id)}
+
+
+def fund(hub: Hub, job_id: str) -> dict[str, Any]:
+    """Look at the escrow and open the job if it covers what comes next. Asks the chain; anyone may call it.
+
+    Raises `job.incomplete`, `job.unfunded`, `job.invalid`.
+    """
+    job = hub.job(job_id)
+    if lacking := missing(hub, job_id):
+        raise TrainChainError("job.incomplete", f"{len(lacking)} objects of the job are not uploaded yet.")
+    escrow = hub.chain.job(job_id)
+    if escrow is None:
+        raise TrainChainError("job.unfunded", f"The escrow has no job {job_id}.", hint="Create and fund it first.")
+    recipe = hub.recipe(job)
+    _check_escrow(hub, job, escrow, recipe)
+    spent = owed(hub, job_id)
+    following = min(job["round"] + 1, recipe.rounds)
+    with hub.store.write() as db:
+        fields = {"funded": escrow.funded, "deadline": float(escrow.deadline), "grace": float(escrow.grace)}
+        db.execute(update(schema.jobs).where(schema.jobs.c.id == job_id).values(**fields))
+        row = one(db, schema.jobs, id=job_id)
+        if row is None or row["state"] != Job.UNFUNDED:
+            return {"job": job_id, "state": row["state"] if row else ""}
+        if escrow.funded - spent < round_price(recipe, following):
+            raise TrainChainError(
+                "job.unfunded",
+                f"The escrow holds {show(escrow.funded - spent)} TRAIN free; round {following} can cost "
+                f"{show(round_price(recipe, following))}.",
+            )
+        move(db, schema.jobs, row, Job.RUNNING if row["round"] else Job.OPEN, now=hub.clock())
+    hub.bell.ring()
+    return {"job": job_id, "state": str(Job.OPEN)}
+
+
+def _check_escrow(hub: Hub, job: Row, escrow: EscrowJob, recipe: ResolvedRecipe) -> None:
+    """The escrow must promise what the recipe says, to this hub, for long enough."""
+    wrong = None
+    if escrow.hub.lower() != hub.chain.address.lower():
+        wrong = f"it names the hub {escrow.hub}, this one is {hub.chain.address}"
+    elif escrow.token.lower() != hub.chain.token.lower():
+        wrong = f"it pays in the token {escrow.token}, this hub's is {hub.chain.token}"
+    elif escrow.spec_hash.removeprefix("0x") != recipe.spec_hash:
+        wrong = "its spec hash is not that of the published recipe"
+    elif escrow.round_cap < round_cap(recipe):
+        wrong = f"its round cap of {show(escrow.round_cap)} is below the price of a round"
+    elif escrow.deadline <= hub.clock():
+        wrong = "its deadline has passed"
+    elif escrow.halted:
+        wrong = "its owner has halted it"
+    if wrong:
+        raise TrainChainError("job.invalid", f"The escrow of job {job['id']} does not fit: {wrong}.")
+
+
+def owed(hub: Hub, job_id: str) -> int:
+    """Token units that accepted contributions have earned so far."""
+    with hub.store.read() as db:
+        rewards = db.execute(
+            select(schema.contributions.c.reward).where(schema.contributions.c.job == job_id)
+        ).scalars()
+        return sum(rewards)
+
+
+def find(hub: Hub, name: str) -> str:
+    """A job's id from its id, a unique prefix of it, or its name (the newest of that name)."""
+    with hub.store.read() as db:
+        rows = db.execute(select(schema.jobs.c.id, schema.jobs.c.name).order_by(schema.jobs.c.created.desc()))
+        every = [(str(r.id), str(r.name)) for r in rows]
+    exact = [job for job, _ in every if job == name]
+    prefixed = [
+        job for job, _ in every if len(name) >= 3 and job.removeprefix("0x").startswith(name.removeprefix("0x"))
+    ]
+    named = [job for job, label in every if label == name]
+    found = exact or named[:1] or prefixed
+    if len(found) > 1:
+        raise TrainChainError("job.ambiguous", f"{len(found)} jobs begin with {name!r}.", hint="Give more digits.")
+    if not found:
+        raise TrainChainError("job.unknown", f"This hub has no job called {name!r}.", hint="trainchain jobs ls")
+    return found[0]
+
+
+def spec_of(hub: Hub, job_id: str) -> bytes:
+    text = hub.job(job_id)["recipe"].encode()
+    assert sha256(text) == hub.job(job_id)["spec_hash"]
+    return bytes(text)

@@ -1,0 +1,167 @@
+"""The life of a job, one step at a time: open a round, close it, merge it, go on. Safe to repeat and to interrupt.
+
+Work is loaded, done outside any transaction, and applied only if the row is still where it was.
+"""
+
+import time
+
+from sqlalchemy import Connection, insert, select, update
+
+from trainchain.core import merge
+from trainchain.core.adapter import adapter_bytes, read_adapter
+from trainchain.core.checks import read_delta
+from trainchain.core.hub import jobs, schema
+from trainchain.core.hub.contributions import accepted
+from trainchain.core.hub.leases import sweep
+from trainchain.core.hub.service import Hub, attempt
+from trainchain.core.hub.store import Row, move, one
+from trainchain.core.models import ResolvedRecipe
+from trainchain.core.rewards import round_price
+from trainchain.core.states import Evaluation, Job, Round, Shard
+
+LIVE = (Job.OPEN, Job.RUNNING)
+
+
+def live_jobs(hub: Hub) -> list[Row]:
+    query = select(schema.jobs).where(schema.jobs.c.state.in_([*LIVE, Job.UNFUNDED]))
+    with hub.store.read() as db:
+        return list(db.execute(query.order_by(schema.jobs.c.created)).mappings())
+
+
+def tick(hub: Hub) -> bool:
+    """Do what is due for every job; True if anything moved."""
+    moved = False
+    with hub.store.write() as db:
+        moved = sweep(db, hub.clock()) > 0
+    for job in live_jobs(hub):
+        moved = attempt(advance, hub, job) or moved
+    if moved:
+        hub.bell.ring()
+    return moved
+
+
+def advance(hub: Hub, job: Row) -> bool:
+    """One step of one job; True if it moved."""
+    now, recipe = hub.clock(), hub.recipe(job)
+    if job["deadline"] is not None and now > job["deadline"]:
+        with hub.store.write() as db:
+            return move(db, schema.jobs, job, Job.EXPIRED, now=now)
+    if job["state"] == Job.UNFUNDED:
+        return False
+    if job["state"] == Job.OPEN:
+        return _open_round(hub, job, recipe, recipe.lora.initial.sha256)
+    with hub.store.read() as db:
+        round_ = one(db, schema.rounds, job=job["id"], round=job["round"])
+    assert round_ is not None
+    if round_["state"] == Round.OPEN:
+        return _close(hub, recipe, round_, now)
+    if round_["state"] == Round.MERGING:
+        return _merge(hub, job, recipe, round_)
+    if job["round"] < recipe.rounds:
+        return _open_round(hub, job, recipe, round_["adapter"])
+    with hub.store.write() as db:
+        return move(db, schema.jobs, job, Job.FINISHED, now=now)
+
+
+def _open_round(hub: Hub, job: Row, recipe: ResolvedRecipe, start: str) -> bool:
+    """Open the next round, if the escrow covers all it can cost; else the job waits for money."""
+    now, number = hub.clock(), job["round"] + 1
+    covered = job["funded"] - jobs.owed(hub, job["id"]) >= round_price(recipe, number)
+    with hub.store.write() as db:
+        if not covered:
+            return move(db, schema.jobs, job, Job.UNFUNDED, now=now, data={"round": number})
+        if job["state"] == Job.OPEN:
+            if not move(db, schema.jobs, job, Job.RUNNING, now=now, round=number):
+                return False
+            if recipe.held_out:
+                _ask_for_loss(db, job["id"], 0, start)
+        else:
+            taken = db.execute(
+                update(schema.jobs)
+                .where(schema.jobs.c.id == job["id"], schema.jobs.c.version == job["version"])
+                .values(round=number, version=job["version"] + 1)
+            )
+            if taken.rowcount == 0:
+                return False
+        db.execute(
+            insert(schema.rounds).values(
+                job=job["id"],
+                round=number,
+                state=str(Round.OPEN),
+                start=start,
+                opened=now,
+                deadline=now + recipe.round_deadline,
+            )
+        )
+        db.execute(
+            insert(schema.shards),
+            [
+                {"job": job["id"], "round": number, "shard": shard, "state": str(Shard.OPEN)}
+                for shard in range(recipe.shards)
+            ],
+        )
+    return True
+
+
+def _ask_for_loss(db: Connection, job_id: str, round_: int, adapter: str) -> None:
+    db.execute(insert(schema.evaluations).values(job=job_id, round=round_, state=str(Evaluation.OPEN), adapter=adapter))
+
+
+def _close(hub: Hub, recipe: ResolvedRecipe, round_: Row, now: float) -> bool:
+    """Close a round when every shard is in, or at its deadline with a quorum of them."""
+    here = (schema.shards.c.job == round_["job"], schema.shards.c.round == round_["round"])
+    with hub.store.write() as db:
+        shards = db.execute(select(schema.shards).where(*here)).mappings().all()
+        done = sum(shard["state"] == Shard.ACCEPTED for shard in shards)
+        enough = done >= recipe.quorum * recipe.shards and done > 0
+        if done < recipe.shards and not (now > round_["deadline"] and enough):
+            return False
+        if not move(db, schema.rounds, round_, Round.MERGING, now=now, closed=now):
+            return False
+        for shard in shards:
+            if shard["state"] in (Shard.OPEN, Shard.LEASED):
+                move(db, schema.shards, shard, Shard.ABANDONED, now=now)
+    return True
+
+
+def merge_round(hub: Hub, job: Row, round_: Row) -> merge.Merged:
+    """The merged adapter of a round, from its accepted contributions: a pure function of public objects."""
+    recipe, shapes = hub.recipe(job), hub.shapes(job)
+    updates = [
+        merge.Update(
+            row["delta"],
+            recipe.counts[row["round"] - 1][row["shard"]].tokens,
+            read_delta(hub.objects.get(row["delta"]), shapes, recipe.training, recipe.steps),
+        )
+        for row in accepted(hub, job["id"], round_["round"])
+    ]
+    return merge.merge(recipe.merge.method, read_adapter(hub.objects.get(round_["start"])), updates)
+
+
+def _merge(hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row) -> bool:
+    began = time.perf_counter()
+    merged = merge_round(hub, job, round_)
+    data = adapter_bytes(merged.adapter)
+    digest = hub.objects.put(data)
+    now, seconds = hub.clock(), time.perf_counter() - began
+    with hub.store.write() as db:
+        fields = {"adapter": digest, "merged": now, "merge_seconds": seconds}
+        worst = max(merged.truncation.values(), default=0.0)
+        if not move(
+            db,
+            schema.rounds,
+            round_,
+            Round.MERGED,
+            now=now,
+            data={"adapter": digest, "truncation": worst},
+            merge_error=worst,
+            **fields,
+        ):
+            return False
+        if one(db, schema.objects, digest=digest, job=job["id"]) is None:
+            db.execute(
+                insert(schema.objects).values(digest=digest, job=job["id"], size=len(data), public=True, present=True)
+            )
+        if recipe.held_out:
+            _ask_for_loss(db, job["id"], round_["round"], digest)
+    return True

@@ -1,0 +1,203 @@
+"""The hub's tables. The rules that a transaction must never break stand here again as constraints."""
+
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    Dialect,
+    Float,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.types import TypeDecorator
+
+VERSION = 1
+metadata = MetaData()
+
+
+class Units(TypeDecorator[int]):
+    """Token units: integers beyond 64 bits, kept as decimal text."""
+
+    impl = String(40)
+    cache_ok = True
+
+    def process_bind_param(self, value: int | None, dialect: Dialect) -> str | None:
+        return None if value is None else str(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> int | None:
+        return None if value is None else int(value)
+
+
+ID = String(66)
+
+meta = Table("meta", metadata, Column("key", String(40), primary_key=True), Column("value", Text, nullable=False))
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", ID, primary_key=True),
+    Column("name", String(64), nullable=False),
+    Column("owner", ID, nullable=False),
+    Column("salt", ID, nullable=False),
+    Column("spec_hash", ID, nullable=False),
+    Column("recipe", Text, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("version", Integer, nullable=False, default=0),
+    Column("created", Float, nullable=False),
+    Column("deadline", Float),
+    Column("grace", Float),
+    Column("funded", Units, nullable=False, default=0),
+    Column("round", Integer, nullable=False, default=0),
+    Column("settled_round", Integer, nullable=False, default=0),
+)
+
+rounds = Table(
+    "rounds",
+    metadata,
+    Column("job", ID, primary_key=True),
+    Column("round", Integer, primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("version", Integer, nullable=False, default=0),
+    Column("start", String(64), nullable=False),
+    Column("adapter", String(64)),
+    Column("opened", Float, nullable=False),
+    Column("deadline", Float, nullable=False),
+    Column("closed", Float),
+    Column("merged", Float),
+    Column("merge_seconds", Float),
+    Column("merge_error", Float),
+    ForeignKeyConstraint(["job"], ["jobs.id"]),
+)
+
+shards = Table(
+    "shards",
+    metadata,
+    Column("job", ID, primary_key=True),
+    Column("round", Integer, primary_key=True),
+    Column("shard", Integer, primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("version", Integer, nullable=False, default=0),
+    Column("lease", ID),
+    ForeignKeyConstraint(["job", "round"], ["rounds.job", "rounds.round"]),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("id", ID, primary_key=True),
+    Column("kind", String(16), nullable=False),
+    Column("job", ID, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("shard", Integer),
+    Column("worker", ID, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("version", Integer, nullable=False, default=0),
+    Column("taken", Float, nullable=False),
+    Column("expires", Float, nullable=False),
+    Column("progress", JSON),
+    Index("leases_by_expiry", "state", "expires"),
+    Index("leases_by_job", "job", "worker"),
+)
+Index(
+    "one_held_lease_a_shard",
+    leases.c.job,
+    leases.c.round,
+    leases.c.shard,
+    unique=True,
+    sqlite_where=text("state = 'held' AND kind = 'train'"),
+    postgresql_where=text("state = 'held' AND kind = 'train'"),
+)
+
+contributions = Table(
+    "contributions",
+    metadata,
+    Column("lease", ID, primary_key=True),
+    Column("job", ID, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("shard", Integer, nullable=False),
+    Column("worker", ID, nullable=False),
+    Column("delta", String(64), nullable=False),
+    Column("signed", JSON, nullable=False),
+    Column("reward", Units, nullable=False),
+    Column("receipt", JSON, nullable=False),
+    Column("accepted", Float, nullable=False),
+    UniqueConstraint("job", "round", "shard", name="one_contribution_a_shard"),
+    UniqueConstraint("job", "delta", name="no_copy_in_a_job"),
+)
+
+evaluations = Table(
+    "evaluations",
+    metadata,
+    Column("job", ID, primary_key=True),
+    Column("round", Integer, primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("version", Integer, nullable=False, default=0),
+    Column("adapter", String(64), nullable=False),
+    Column("lease", ID),
+    Column("loss", Float),
+)
+
+settlements = Table(
+    "settlements",
+    metadata,
+    Column("job", ID, primary_key=True),
+    Column("round", Integer, primary_key=True),
+    Column("root", ID, nullable=False),
+    Column("total", Units, nullable=False),
+    Column("leaves", String(64), nullable=False),
+    Column("tx", ID, nullable=False),
+    Column("at", Float, nullable=False),
+)
+
+objects = Table(
+    "objects",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("job", ID, primary_key=True),
+    Column("size", Integer, nullable=False),
+    Column("public", Boolean, nullable=False),
+    Column("present", Boolean, nullable=False),
+)
+
+nonces = Table(
+    "nonces",
+    metadata,
+    Column("nonce", String(64), primary_key=True),
+    Column("expires", Float, nullable=False),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("token_hash", String(64), primary_key=True),
+    Column("address", ID, nullable=False),
+    Column("expires", Float, nullable=False),
+)
+
+grants = Table(
+    "grants",
+    metadata,
+    Column("address", ID, primary_key=True),
+    Column("at", Float, nullable=False),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("at", Float, nullable=False),
+    Column("job", ID, nullable=False),
+    Column("subject", String(200), nullable=False),
+    Column("kind", String(64), nullable=False),
+    Column("data", JSON, nullable=False),
+    Index("events_by_job", "job", "seq"),
+)

@@ -1,0 +1,140 @@
+"""What every verb of the hub stands on: state, objects, chain, clock, and the bell that wakes waiters."""
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from trainchain.core.errors import TrainChainError
+from trainchain.core.hub import schema
+from trainchain.core.hub.store import Row, Store, one
+from trainchain.core.models import ResolvedRecipe
+from trainchain.core.objects import ObjectStore
+
+log = logging.getLogger(__name__)
+
+LEASE_SECONDS = 20.0
+"""How long a lease lives without a beat; what a killed worker costs the round."""
+
+
+@dataclass(frozen=True)
+class EscrowJob:
+    """A job as the escrow holds it; amounts in token units, times in unix seconds."""
+
+    owner: str
+    token: str
+    hub: str
+    deadline: int
+    grace: int
+    round_cap: int
+    spec_hash: str
+    funded: int
+    settled: int
+    round: int
+    halted: bool
+
+
+@dataclass(frozen=True)
+class Settled:
+    """One settlement: the Merkle root on chain, the file of its leaves, the transaction."""
+
+    root: str
+    total: int
+    leaves: bytes
+    tx: str
+
+
+class Chain(Protocol):
+    """What the hub needs of a chain; given by the composition root, so core never imports chain."""
+
+    chain_id: int
+    escrow: str
+    token: str
+    address: str
+    """The hub's own account: the `hub` that job parameters must name."""
+
+    def job_id(self, owner: str, salt: str) -> str: ...
+    def job(self, job_id: str) -> EscrowJob | None: ...
+    def recover(self, kind: str, message: Mapping[str, Any], signature: str) -> str: ...
+    def recover_sign_in(self, fields: Mapping[str, Any], signature: str) -> str: ...
+    def sign(self, kind: str, message: Mapping[str, Any]) -> str: ...
+    def settle(self, job_id: str, round_: int, amounts: Mapping[str, int]) -> Settled: ...
+    def drip(self, address: str) -> dict[str, str]: ...
+    def rpc(self, body: bytes) -> bytes: ...
+    def describe(self) -> dict[str, Any]: ...
+
+
+class Bell:
+    """Wakes whoever waits for the hub's state to change; listeners are called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._listeners: set[Callable[[], None]] = set()
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        with self._lock:
+            self._listeners.add(listener)
+
+    def forget(self, listener: Callable[[], None]) -> None:
+        with self._lock:
+            self._listeners.discard(listener)
+
+    def ring(self) -> None:
+        with self._lock:
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener()
+
+
+@dataclass
+class Hub:
+    """One hub process. Everything that must survive it is in `store` and `objects`."""
+
+    store: Store
+    objects: ObjectStore
+    chain: Chain
+    clock: Callable[[], float] = time.time
+    random_hex: Callable[[int], str] = secrets.token_hex
+    evaluators: frozenset[str] = frozenset()
+    """Wallets of this hub's own evaluating children: nobody else gets an `evaluate` lease."""
+    bell: Bell = field(default_factory=Bell)
+    _recipes: dict[str, ResolvedRecipe] = field(default_factory=dict)
+    _shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+
+    def recipe(self, job: Row) -> ResolvedRecipe:
+        """The job's resolved recipe, parsed once a process."""
+        found = self._recipes.get(job["id"])
+        if found is None:
+            found = self._recipes[job["id"]] = ResolvedRecipe.model_validate_json(job["recipe"], strict=True)
+        return found
+
+    def shapes(self, job: Row) -> dict[str, tuple[int, ...]]:
+        """The adapter's tensors, read once from the job's initial adapter."""
+        from trainchain.core.adapter import read_adapter
+
+        found = self._shapes.get(job["id"])
+        if found is None:
+            initial = read_adapter(self.objects.get(self.recipe(job).lora.initial.sha256))
+            found = self._shapes[job["id"]] = {name: tensor.shape for name, tensor in initial.items()}
+        return found
+
+    def job(self, job_id: str) -> Row:
+        with self.store.read() as db:
+            row = one(db, schema.jobs, id=job_id)
+        if row is None:
+            raise TrainChainError("job.unknown", f"This hub has no job {job_id}.")
+        return row
+
+
+def attempt(step: Callable[[Hub, Row], bool], hub: Hub, job: Row) -> bool:
+    """One step for one job; a failure is logged and tried again later, and never holds up another job."""
+    try:
+        return step(hub, job)
+    except TrainChainError as error:
+        log.warning("job %s: %s: %s", job["id"], error.code, error.message)
+    except Exception:
+        log.exception("job %s: %s failed", job["id"], step.__name__)
+    return False

@@ -1,0 +1,138 @@
+"""What the hub shows: pure readings of its tables as JSON. Amounts are decimal strings of token units."""
+
+from typing import Any
+
+from sqlalchemy import func, select
+
+from trainchain.core.hub import jobs, schema
+from trainchain.core.hub.service import Hub
+from trainchain.core.hub.store import Row
+from trainchain.core.rewards import job_price
+
+MAX_EVENTS = 500
+
+
+def summary(hub: Hub, job: Row) -> dict[str, Any]:
+    recipe = hub.recipe(job)
+    return {
+        "job": job["id"],
+        "name": job["name"],
+        "owner": job["owner"],
+        "state": job["state"],
+        "round": job["round"],
+        "rounds": recipe.rounds,
+        "created": job["created"],
+        "spent": str(jobs.owed(hub, job["id"])),
+        "budget": str(recipe.pay.budget),
+    }
+
+
+def list_jobs(hub: Hub) -> list[dict[str, Any]]:
+    with hub.store.read() as db:
+        rows = list(db.execute(select(schema.jobs).order_by(schema.jobs.c.created.desc()).limit(200)).mappings())
+    return [summary(hub, job) for job in rows]
+
+
+def show_job(hub: Hub, job_id: str) -> dict[str, Any]:
+    """One job with its rounds, shards, losses, contributions, workers and settlements."""
+    job = hub.job(job_id)
+    recipe = hub.recipe(job)
+    with hub.store.read() as db:
+
+        def rows(table: Any, *order: Any) -> list[Row]:
+            return list(db.execute(select(table).where(table.c.job == job_id).order_by(*order)).mappings())
+
+        rounds = rows(schema.rounds, schema.rounds.c.round)
+        shards = rows(schema.shards, schema.shards.c.round, schema.shards.c.shard)
+        contributions = rows(schema.contributions, schema.contributions.c.accepted)
+        evaluations = rows(schema.evaluations, schema.evaluations.c.round)
+        settlements = rows(schema.settlements, schema.settlements.c.round)
+        held = {r["id"]: r for r in rows(schema.leases, schema.leases.c.taken) if r["state"] == "held"}
+        last = db.execute(select(func.max(schema.events.c.seq)).where(schema.events.c.job == job_id)).scalar()
+    given = {(c["round"], c["shard"]): c for c in contributions}
+    losses = {e["round"]: e["loss"] for e in evaluations}
+    view_rounds = []
+    for row in rounds:
+        members = []
+        for shard in (s for s in shards if s["round"] == row["round"]):
+            counts = recipe.counts[row["round"] - 1][shard["shard"]]
+            entry: dict[str, Any] = {
+                "shard": shard["shard"],
+                "state": shard["state"],
+                "tokens": counts.tokens,
+            }
+            contribution, lease = given.get((row["round"], shard["shard"])), held.get(shard["lease"])
+            if contribution is not None:
+                entry |= {
+                    "worker": contribution["worker"],
+                    "reward": str(contribution["reward"]),
+                    "delta": contribution["delta"],
+                    "seconds": contribution["signed"]["seconds"],
+                    "losses": contribution["signed"]["losses"],
+                    "numeric_class": contribution["signed"]["contribution"]["numericClass"],
+                }
+            elif lease is not None:
+                entry |= {"worker": lease["worker"], "progress": lease["progress"]}
+            members.append(entry)
+        view_rounds.append(
+            {
+                "round": row["round"],
+                "state": row["state"],
+                "start": row["start"],
+                "adapter": row["adapter"],
+                "opened": row["opened"],
+                "closed": row["closed"],
+                "merged": row["merged"],
+                "merge_seconds": row["merge_seconds"],
+                "merge_error": row["merge_error"],
+                "loss": losses.get(row["round"]),
+                "shards": members,
+            }
+        )
+    workers: dict[str, dict[str, Any]] = {}
+    for contribution in contributions:
+        entry = workers.setdefault(contribution["worker"], {"accepted": 0, "tokens": 0, "reward": 0})
+        entry["accepted"] += 1
+        entry["tokens"] += recipe.counts[contribution["round"] - 1][contribution["shard"]].tokens
+        entry["reward"] += contribution["reward"]
+    return {
+        **summary(hub, job),
+        "spec_hash": job["spec_hash"],
+        "deadline": job["deadline"],
+        "grace": job["grace"],
+        "funded": str(job["funded"]),
+        "price": str(job_price(recipe)),
+        "settled_round": job["settled_round"],
+        "evaluations": [{"round": e["round"], "state": e["state"], "loss": e["loss"]} for e in evaluations],
+        "rounds_done": view_rounds,
+        "workers": {w: {**v, "reward": str(v["reward"])} for w, v in workers.items()},
+        "settlements": [
+            {
+                "round": s["round"],
+                "root": s["root"],
+                "total": str(s["total"]),
+                "leaves": s["leaves"],
+                "tx": s["tx"],
+                "at": s["at"],
+            }
+            for s in settlements
+        ],
+        "last_event": last or 0,
+    }
+
+
+def events_after(hub: Hub, job_id: str, after: int) -> list[dict[str, Any]]:
+    events = schema.events
+    query = select(events).where(events.c.job == job_id, events.c.seq > after).order_by(events.c.seq).limit(MAX_EVENTS)
+    with hub.store.read() as db:
+        return [
+            {"seq": e["seq"], "at": e["at"], "subject": e["subject"], "event": e["kind"], **e["data"]}
+            for e in db.execute(query).mappings()
+        ]
+
+
+def jobs_of(hub: Hub, worker: str) -> list[str]:
+    """Jobs in which a wallet has accepted contributions."""
+    query = select(schema.contributions.c.job).where(schema.contributions.c.worker == worker).distinct()
+    with hub.store.read() as db:
+        return sorted(db.execute(query).scalars())

@@ -1,0 +1,286 @@
+"""The YAML an owner writes: parsed strictly, every mistake named with its line. Imports pydantic, yaml and words.
+
+Names are axolotl's where axolotl has one. Nothing is resolved here: paths are only made absolute.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.functional_validators import BeforeValidator
+
+from trainchain.core import money
+from trainchain.core.errors import TrainChainError
+from trainchain.core.models import DataFormat
+
+MAX_BYTES = 1 << 20
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+OTHER_TOOLS = {  # how LLaMA-Factory, TRL and PEFT call what is known here by another name
+    "model_name_or_path": "base_model",
+    "model": "base_model",
+    "dataset": "datasets",
+    "data": "datasets",
+    "train": "datasets",
+    "eval_dataset": "test_datasets",
+    "cutoff_len": "sequence_len",
+    "max_length": "sequence_len",
+    "max_seq_length": "sequence_len",
+    "per_device_train_batch_size": "micro_batch_size",
+    "batch_size": "micro_batch_size",
+    "lora_rank": "lora_r",
+    "rank": "lora_r",
+    "r": "lora_r",
+    "lora_target": "lora_target_modules",
+    "target_modules": "lora_target_modules",
+    "finetuning_type": "adapter",
+    "lr": "learning_rate",
+    "max_steps": "steps",
+    "reward": "pay",
+}
+LATER = {  # known words that this version does not honour: refused, since money depends on the recipe's meaning
+    "check": "checking by replay",
+    "samples": "sample prompts",
+    "gate": "gates",
+    "access": "access lists",
+    "hub_model_id": "pushing to a model hub",
+    "num_epochs": "counting in epochs (write rounds, shards and steps)",
+    "val_set_size": "splitting a held-out set off (name a file under test_datasets)",
+    "lora_modules_to_save": "whole modules beside the adapter",
+    "lora_dropout": "dropout",
+    "lr_scheduler": "schedules other than warm-up then constant",
+    "load_in_4bit": "quantised bases",
+}
+
+
+def _duration(value: object) -> object:
+    """Seconds out of "90s", "30m", "48h", "2d"."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d{1,9})\s*([smhd])", value.strip())):
+        return int(match.group(1)) * UNITS[match.group(2)]
+    raise ValueError("write a time as digits and one of s, m, h, d, for example 30m")
+
+
+def _tokens(value: object) -> object:
+    """Token units out of "2.50", 2.5 or 2."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError('write an amount of tokens, for example "2.50"')
+    try:
+        return money.parse(str(value))
+    except TrainChainError as error:
+        raise ValueError(error.message.rstrip(".")) from None
+
+
+Seconds = Annotated[int, BeforeValidator(_duration), Field(ge=0, le=10 * 365 * 86400)]
+Tokens = Annotated[int, BeforeValidator(_tokens), Field(ge=0, lt=2**128)]
+Small = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class DataEntry(_Strict):
+    path: str
+    type: DataFormat | None = None
+    """Found from the first row when left out."""
+
+
+class HeldOutEntry(DataEntry):
+    rows: Small = 200
+
+
+class MergeEntry(_Strict):
+    method: Literal["product-mean", "factor-mean"] = "product-mean"
+    encoding: Literal["fp32"] = "fp32"
+
+
+class PayEntry(_Strict):
+    token: Literal["TRAIN"] = "TRAIN"
+    per_million_tokens: Tokens
+    budget: Tokens
+    deadline: Seconds = 48 * 3600
+    grace: Seconds = 24 * 3600
+    activation_delay: Seconds = 0
+
+
+class Recipe(_Strict):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")]
+    base_model: str
+    datasets: Annotated[list[DataEntry], Field(min_length=1, max_length=64)]
+    test_datasets: Annotated[list[HeldOutEntry], Field(max_length=1)] = []
+    adapter: Literal["lora"] = "lora"
+    lora_r: Annotated[int, Field(ge=1, le=1024)] = 8
+    lora_alpha: Small = 16
+    lora_target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    sequence_len: Annotated[int, Field(ge=8, le=1 << 20)] = 512
+    micro_batch_size: Annotated[int, Field(ge=1, le=65536)] = 2
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = 4
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 5
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-8
+    bf16: Literal["auto"] | bool = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    rounds: Annotated[int, Field(ge=1, le=100_000)]
+    shards: Annotated[int, Field(ge=1, le=100_000)]
+    steps: Annotated[int, Field(ge=1, le=100_000)]
+    round_deadline: Seconds = 30 * 60
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.75
+    merge: MergeEntry = MergeEntry()
+    pay: PayEntry
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as people mean it: `1e-4` is a number, and a key given twice is a mistake."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and validate a recipe; relative paths in it are taken from its own folder.
+
+    Raises `usage.file`, `recipe.not_yaml`, `recipe.unknown_key`, `recipe.unsupported`, `recipe.invalid`.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise TrainChainError("recipe.not_yaml", f"{path} is over {MAX_BYTES} bytes: not a recipe.")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise TrainChainError(
+            "usage.file", f"The recipe {path} cannot be read: {reason}.", hint="Check the path."
+        ) from None
+    return parse_recipe(text, str(path), path.resolve().parent)
+
+
+def parse_recipe(text: str, where: str, folder: Path) -> Recipe:
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        lines = _lines(node) if node else {}
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise TrainChainError(
+            "recipe.not_yaml",
+            f"{where}{line}: {problem}.",
+            hint="Check indentation, colons and quotes there.",
+        ) from None
+    if not isinstance(value, dict):
+        raise TrainChainError("recipe.not_yaml", f"{where} is not a mapping of keys to values.")
+    try:
+        recipe = Recipe.model_validate(value)
+    except ValidationError as error:
+        raise _explain(error, where, lines, value) from None
+    return recipe.model_copy(
+        update={
+            "base_model": _absolute(recipe.base_model, folder),
+            "datasets": [d.model_copy(update={"path": _absolute(d.path, folder)}) for d in recipe.datasets],
+            "test_datasets": [d.model_copy(update={"path": _absolute(d.path, folder)}) for d in recipe.test_datasets],
+        }
+    )
+
+
+def _absolute(text: str, folder: Path) -> str:
+    return text if "://" in text or text.startswith("azureml:") else str(folder / Path(text).expanduser())
+
+
+def _lines(node: yaml.Node, path: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], int]:
+    """Where each key of the document stands; raises a YAML error for a key given twice."""
+    found: dict[tuple[str | int, ...], int] = {path: node.start_mark.line + 1}
+    if isinstance(node, yaml.MappingNode):
+        for key, child in node.value:
+            here = (*path, str(key.value))
+            if here in found:
+                raise yaml.MarkedYAMLError(problem=f"the key `{key.value}` stands twice", problem_mark=key.start_mark)
+            found |= _lines(child, here)
+            found[here] = key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            found |= _lines(child, (*path, index))
+    return found
+
+
+def _explain(
+    error: ValidationError, where: str, lines: dict[tuple[str | int, ...], int], value: object
+) -> TrainChainError:
+    """The first mistake as one clear message: where it is, what it is, what to write instead."""
+    first = min(error.errors(include_url=False), key=lambda e: lines.get(_known(e["loc"], lines), 1 << 30))
+    place = _known(first["loc"], lines)
+    line = f"{where}:{lines[place]}" if place else where
+    keys = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        return _unknown_key(line, keys)
+    name = ".".join(str(part) for part in place) or keys[0]
+    if first["type"] == "missing":
+        return TrainChainError(
+            "recipe.invalid",
+            f"{where}: `{'.'.join(keys)}` is missing.",
+            hint=f"Add `{keys[-1]}:` to the recipe.",
+        )
+    given = _at(value, place)
+    if name == "adapter" and given == "qlora":
+        return TrainChainError(
+            "recipe.unsupported",
+            f"{line}: `adapter: qlora` is not in this version.",
+            hint="Write `adapter: lora`.",
+        )
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return TrainChainError(
+        "recipe.invalid",
+        f"{line}: `{name}` is {given!r}: {message}.",
+        hint=f"Correct `{name}` and try again.",
+    )
+
+
+def _at(value: Any, place: tuple[str | int, ...]) -> Any:
+    """The value at a place of the document, as far as the place leads."""
+    for part in place:
+        fits = isinstance(value, list) if isinstance(part, int) else isinstance(value, dict) and part in value
+        value = value[part] if fits else value
+    return value
+
+
+def _known(loc: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int]) -> tuple[str | int, ...]:
+    """The longest beginning of `loc` that is a place in the document (unions add parts of their own)."""
+    for end in range(len(loc), 0, -1):
+        if loc[:end] in lines:
+            return loc[:end]
+    return ()
+
+
+def _unknown_key(line: str, keys: list[str]) -> TrainChainError:
+    key = keys[-1]
+    if len(keys) == 1 and key in LATER:
+        return TrainChainError(
+            "recipe.unsupported",
+            f"{line}: `{key}`: this version does not have {LATER[key]}.",
+            hint=f"Remove `{key}` from the recipe.",
+        )
+    owner: type[BaseModel] = Recipe
+    if len(keys) > 1:
+        parents: dict[str, type[BaseModel]] = {
+            "pay": PayEntry,
+            "merge": MergeEntry,
+            "datasets": DataEntry,
+            "test_datasets": HeldOutEntry,
+        }
+        owner = parents.get(keys[0], Recipe)
+    near = OTHER_TOOLS.get(key) if len(keys) == 1 else None
+    near = near or next(iter(difflib.get_close_matches(key, owner.model_fields, n=1, cutoff=0.5)), None)
+    known = ", ".join(owner.model_fields)
+    hint = f"Write `{near}` instead." if near else f"Known keys here: {known}."
+    return TrainChainError("recipe.unknown_key", f"{line}: `{'.'.join(keys)}` is not a key of a recipe.", hint=hint)

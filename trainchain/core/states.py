@@ -1,0 +1,78 @@
+"""Every state and every legal move of jobs, rounds, shards and leases. Standard library only."""
+
+from enum import StrEnum
+
+
+class Job(StrEnum):
+    UNFUNDED = "unfunded"
+    """Published; the escrow does not cover the next round, so none opens."""
+    OPEN = "open"
+    """Funded; waiting for the base's held-out loss, or for its first round."""
+    RUNNING = "running"
+    FINISHED = "finished"
+    """All rounds merged; the last settlement is under way."""
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    SETTLED = "settled"
+    """What is owed stands on chain."""
+    CLOSED = "closed"
+
+
+class Round(StrEnum):
+    OPEN = "open"
+    MERGING = "merging"
+    MERGED = "merged"
+
+
+class Shard(StrEnum):
+    OPEN = "open"
+    LEASED = "leased"
+    CONTRIBUTED = "contributed"
+    """A signed contribution passed the cheap checks; its verdict is due."""
+    ACCEPTED = "accepted"
+    ABANDONED = "abandoned"
+    """The round closed without it."""
+
+
+class Lease(StrEnum):
+    HELD = "held"
+    DONE = "done"
+    EXPIRED = "expired"
+
+
+class Evaluation(StrEnum):
+    OPEN = "open"
+    LEASED = "leased"
+    DONE = "done"
+
+
+MOVES: dict[StrEnum, frozenset[StrEnum]] = {
+    Job.UNFUNDED: frozenset({Job.OPEN, Job.RUNNING, Job.CANCELLED, Job.EXPIRED}),
+    Job.OPEN: frozenset({Job.RUNNING, Job.UNFUNDED, Job.CANCELLED, Job.EXPIRED}),
+    Job.RUNNING: frozenset({Job.FINISHED, Job.UNFUNDED, Job.CANCELLED, Job.EXPIRED}),
+    Job.FINISHED: frozenset({Job.SETTLED}),
+    Job.CANCELLED: frozenset({Job.SETTLED}),
+    Job.EXPIRED: frozenset({Job.SETTLED}),
+    Job.SETTLED: frozenset({Job.CLOSED}),
+    Job.CLOSED: frozenset(),
+    Round.OPEN: frozenset({Round.MERGING}),
+    Round.MERGING: frozenset({Round.MERGED}),
+    Round.MERGED: frozenset(),
+    Shard.OPEN: frozenset({Shard.LEASED, Shard.CONTRIBUTED, Shard.ABANDONED}),
+    Shard.LEASED: frozenset({Shard.OPEN, Shard.CONTRIBUTED, Shard.ABANDONED}),
+    Shard.CONTRIBUTED: frozenset({Shard.ACCEPTED}),
+    Shard.ACCEPTED: frozenset(),
+    Shard.ABANDONED: frozenset(),
+    Lease.HELD: frozenset({Lease.DONE, Lease.EXPIRED}),
+    Lease.EXPIRED: frozenset({Lease.DONE}),
+    Lease.DONE: frozenset(),
+    Evaluation.OPEN: frozenset({Evaluation.LEASED}),
+    Evaluation.LEASED: frozenset({Evaluation.OPEN, Evaluation.DONE}),
+    Evaluation.DONE: frozenset(),
+}
+
+
+def check_move(before: StrEnum, after: StrEnum) -> None:
+    """Raise ValueError (a bug, not an expected failure) unless `before` may become `after`."""
+    if type(before) is not type(after) or after not in MOVES[before]:
+        raise ValueError(f"{type(before).__name__} cannot move from {before} to {after}")

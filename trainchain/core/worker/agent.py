@@ -1,0 +1,258 @@
+"""The worker: lease, fetch, train, sign, contribute, keep the receipt. It only ever dials out.
+
+Imports no torch and no chain: the trainer is a child process, and signing is a function that is passed in.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainchain.core.client import HubClient
+from trainchain.core.digests import sha256_file
+from trainchain.core.errors import TrainChainError
+from trainchain.core.settings import private_folder, write_private
+from trainchain.core.worker.child import Child
+from trainchain.core.worker.files import Cache
+
+BEAT_SECONDS = 5.0
+POLL_SECONDS = 20.0
+AWAY_SECONDS = 2.0
+OVER = frozenset({"shard.already_accepted", "round.closed", "lease.not_yours", "lease.unknown"})
+AWAY = frozenset({"hub.unreachable", "chain.unreachable"})
+
+OnEvent = Callable[[dict[str, Any]], None]
+Sign = Callable[[Mapping[str, Any]], str]
+CheckJob = Callable[[str, str], None]
+"""(job id, spec hash): raises unless the escrow on chain holds that job's money under that recipe."""
+
+
+class Stopped(Exception):
+    """The worker was asked to stop."""
+
+
+class Worker:
+    """One device's worker. `stop` may be set from a signal handler; the lease is then given back."""
+
+    def __init__(
+        self,
+        client: HubClient,
+        home: Path,
+        child: Child,
+        *,
+        sign: Sign,
+        check_job: CheckJob,
+        on_event: OnEvent,
+        stop: threading.Event,
+        job: str | None = None,
+    ) -> None:
+        self._client = client
+        self._home = home
+        self._child = child
+        self._sign = sign
+        self._check_job = check_job
+        self._on_event = on_event
+        self._stop = stop
+        self._job = job
+        self._cache = Cache(home / "cache")
+        self._open: str | None = None
+
+    def run(self, *, shards: int | None = None) -> None:
+        """Work until stopped, or until `shards` leases are done."""
+        done = 0
+        waiting = False
+        try:
+            while not self._stop.is_set() and (shards is None or done < shards):
+                lease = self._lease()
+                if lease is None:
+                    if not waiting:
+                        self._tell("waiting", reason="no shard is open")
+                    waiting = True
+                    continue
+                waiting = False
+                self._work(lease)
+                done += 1
+        finally:
+            self._child.stop()
+
+    def _lease(self) -> dict[str, Any] | None:
+        body: dict[str, Any] = {"wait": POLL_SECONDS}
+        if self._job:
+            body["job"] = self._job
+        try:
+            return self._client.post("/v1/leases", body) or None
+        except TrainChainError as error:
+            if error.code not in AWAY:
+                raise
+            self._tell("away", code=error.code, message=error.message)
+            self._stop.wait(AWAY_SECONDS)
+            return None
+
+    def _work(self, lease: dict[str, Any]) -> None:
+        """One lease from beginning to end; whatever goes wrong is told, and the lease goes back."""
+        self._tell("leased", **{key: lease[key] for key in ("lease", "kind", "job", "name", "round", "shard")})
+        with _Heart(self._client, lease["lease"]) as heart:
+            try:
+                self._check_job(lease["job"], lease["spec_hash"])
+                self._prepare(lease)
+                if lease["kind"] == "evaluate":
+                    self._evaluate(lease)
+                else:
+                    self._train(lease, heart)
+            except Stopped:
+                self._give_back(lease)
+            except TrainChainError as error:
+                self._tell("failed", lease=lease["lease"], code=error.code, message=error.message, hint=error.hint)
+                if error.code not in OVER:
+                    self._give_back(lease)
+                    self._stop.wait(AWAY_SECONDS)
+
+    def _prepare(self, lease: dict[str, Any]) -> None:
+        files = self._cache.job(self._client, lease["job"], lease["spec_hash"])
+        if self._open != lease["job"] or not self._child.alive:
+            request = {
+                "op": "open",
+                "recipe": str(files.recipe_path),
+                "model_dir": str(files.model_dir),
+                "data": {digest: str(path) for digest, path in files.data.items()},
+            }
+            self._open = None
+            self._child.answer(request)
+            self._open = lease["job"]
+
+    def _evaluate(self, lease: dict[str, Any]) -> None:
+        adapter = self._cache.object(self._client, lease["start"])
+        result = self._child.answer({"op": "evaluate", "adapter": str(adapter)})
+        self._insist("POST", f"/v1/leases/{lease['lease']}/evaluation", {"loss": result["loss"]})
+        self._tell("evaluated", job=lease["job"], round=lease["round"], loss=result["loss"])
+
+    def _train(self, lease: dict[str, Any], heart: "_Heart") -> None:
+        out = private_folder(self._home / "work" / lease["lease"][2:18])
+        start = self._cache.object(self._client, lease["start"])
+        began = time.monotonic()
+        result: dict[str, Any] = {}
+        request = {
+            "op": "train",
+            "start": str(start),
+            "round": lease["round"],
+            "shard": lease["shard"],
+            "lease": lease["lease"],
+            "out": str(out),
+        }
+        for event in self._child.ask(request):
+            if self._stop.is_set():
+                self._child.stop()
+                raise Stopped
+            if heart.over is not None:
+                self._child.stop()
+                raise heart.over
+            if event["event"] == "step":
+                speed = event["tokens"] / max(time.monotonic() - began, 1e-6)
+                heart.progress = {"step": event["step"], "steps": event["steps"], "tokens_per_second": speed}
+                self._tell("step", round=lease["round"], shard=lease["shard"], **heart.progress)
+            result = event
+        self._contribute(lease, result, time.monotonic() - began)
+        for path in sorted(out.iterdir()):
+            path.unlink()
+        out.rmdir()
+
+    def _contribute(self, lease: dict[str, Any], result: dict[str, Any], seconds: float) -> None:
+        delta = Path(result["delta"])
+        digest = sha256_file(delta)
+        message = {
+            "jobId": lease["job"],
+            "round": lease["round"],
+            "shard": lease["shard"],
+            "lease": lease["lease"],
+            "worker": self._client.address,
+            "startHash": "0x" + lease["start"],
+            "deltaHash": "0x" + digest,
+            "stateRoot": result["state_root"],
+            "encoding": "fp32",
+            "numericClass": result["numeric_class"],
+        }
+        signed = {
+            "contribution": message,
+            "signature": self._sign(message),
+            "losses": result["losses"],
+            "seconds": round(float(result["seconds"]), 3),
+        }
+        here = f"/v1/leases/{lease['lease']}"
+        try:
+            self._insist("PUT", f"{here}/objects/{digest}", delta)
+            receipt = self._insist("POST", f"{here}/contribution", signed)
+        except TrainChainError as error:
+            kept = error.facts.get("receipt") if error.code == "contribution.repeat" else None
+            if not isinstance(kept, dict):
+                raise
+            receipt = kept
+        path = self._home / "receipts" / lease["job"] / f"{lease['lease']}.json"
+        write_private(path, json.dumps(receipt, indent=1, sort_keys=True).encode())
+        self._tell(
+            "accepted",
+            job=lease["job"],
+            round=lease["round"],
+            shard=lease["shard"],
+            amount=receipt["amount"],
+            tokens=result["tokens"],
+            train_seconds=result["seconds"],
+            seconds=seconds,
+            bytes=delta.stat().st_size,
+            receipt=str(path),
+        )
+
+    def _insist(self, method: str, path: str, body: Mapping[str, Any] | Path) -> dict[str, Any]:
+        """Finished work is not thrown away because the hub is away: try until it answers or we are stopped."""
+        while True:
+            try:
+                if isinstance(body, Path):
+                    return self._client.upload(path, body)
+                return self._client.post(path, body)
+            except TrainChainError as error:
+                if error.code not in AWAY:
+                    raise
+                self._tell("away", code=error.code, message=error.message)
+                if self._stop.is_set():
+                    raise Stopped from None
+                self._stop.wait(AWAY_SECONDS)
+
+    def _give_back(self, lease: dict[str, Any]) -> None:
+        try:
+            self._client.delete(f"/v1/leases/{lease['lease']}")
+            self._tell("given_back", lease=lease["lease"], round=lease["round"], shard=lease["shard"])
+        except TrainChainError as error:
+            self._tell("away", code=error.code, message=error.message)
+
+    def _tell(self, event: str, **fields: Any) -> None:
+        self._on_event({"event": event, **fields})
+
+
+class _Heart:
+    """Beats for one lease in a thread of its own. `over` is set when the hub says the work is no longer wanted."""
+
+    def __init__(self, client: HubClient, lease_id: str) -> None:
+        self.progress: dict[str, Any] = {}
+        self.over: TrainChainError | None = None
+        self._client = client
+        self._lease = lease_id
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
+
+    def __enter__(self) -> "_Heart":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join(timeout=1)
+
+    def _run(self) -> None:
+        while not self._done.wait(BEAT_SECONDS):
+            try:
+                self._client.post(f"/v1/leases/{self._lease}/beat", self.progress)
+            except TrainChainError as error:
+                if error.code in OVER:
+                    self.over = error
+                    return
