@@ -48,7 +48,7 @@ class HubClient:
         self.sent = 0
         self.received = 0
         self._sign_in = sign_in
-        self._attempts = attempts
+        self.attempts = attempts
         self._sleep = sleep
         self._now = now
         self._token: str | None = None
@@ -158,7 +158,7 @@ class HubClient:
         failure = ""
         renewed = False
         attempt = 0
-        while attempt < self._attempts:
+        while attempt < self.attempts:
             if attempt:
                 self._sleep(min(0.2 * 2**attempt, 5.0) * (0.5 + random.random()))
             attempt += 1
@@ -191,7 +191,7 @@ class HubClient:
             )
         raise TrainChainError(
             "hub.unreachable",
-            f"The hub {self.url} did not answer after {self._attempts} tries: {failure}.",
+            f"The hub {self.url} did not answer after {self.attempts} tries: {failure}.",
             hint="Check the address and that `trainchain serve-hub` is running; then try again.",
         )
 

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from trainchain import __version__
 from trainchain.core.errors import TrainChainError
-from trainchain.core.hub import contributions, jobs, leases, sessions, views
+from trainchain.core.hub import contributions, faucet, jobs, leases, sessions, views
 from trainchain.core.hub.service import Hub
 from trainchain.core.models import PROTOCOL, Model, SignedContribution, parse
 from trainchain.core.objects import Spool
@@ -135,8 +135,9 @@ def create_app(hub: Hub) -> FastAPI:
         return {"token": token, "address": address, "expires": expires}
 
     @app.post("/v1/faucet")
-    async def faucet(request: Request) -> dict[str, Any]:
-        return await thread(hub.chain.drip, await wallet(request))
+    async def grant(request: Request) -> dict[str, Any]:
+        address = await wallet(request)
+        return await thread(faucet.grant, hub, address, await parsed(request, faucet.GrantRequest))
 
     @app.post("/chain")
     async def chain(request: Request) -> Response:

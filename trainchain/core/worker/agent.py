@@ -21,7 +21,7 @@ BEAT_SECONDS = 5.0
 POLL_SECONDS = 20.0
 AWAY_SECONDS = 2.0
 OVER = frozenset({"shard.already_accepted", "round.closed", "lease.not_yours", "lease.unknown"})
-AWAY = frozenset({"hub.unreachable", "chain.unreachable"})
+AWAY = frozenset({"hub.unreachable", "hub.failed", "chain.unreachable"})
 
 OnEvent = Callable[[dict[str, Any]], None]
 Sign = Callable[[Mapping[str, Any]], str]
@@ -29,12 +29,8 @@ CheckJob = Callable[[str, str], None]
 """(job id, spec hash): raises unless the escrow on chain holds that job's money under that recipe."""
 
 
-class Stopped(Exception):
-    """The worker was asked to stop."""
-
-
 class Worker:
-    """One device's worker. `stop` may be set from a signal handler; the lease is then given back."""
+    """One device's worker. An interrupt (Ctrl-C, SIGTERM) gives the lease back on its way out."""
 
     def __init__(
         self,
@@ -45,8 +41,8 @@ class Worker:
         sign: Sign,
         check_job: CheckJob,
         on_event: OnEvent,
-        stop: threading.Event,
         job: str | None = None,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._client = client
         self._home = home
@@ -54,17 +50,17 @@ class Worker:
         self._sign = sign
         self._check_job = check_job
         self._on_event = on_event
-        self._stop = stop
+        self._sleep = sleep
         self._job = job
         self._cache = Cache(home / "cache")
         self._open: str | None = None
 
     def run(self, *, shards: int | None = None) -> None:
-        """Work until stopped, or until `shards` leases are done."""
+        """Work until interrupted, or until `shards` leases are done."""
         done = 0
         waiting = False
         try:
-            while not self._stop.is_set() and (shards is None or done < shards):
+            while shards is None or done < shards:
                 lease = self._lease()
                 if lease is None:
                     if not waiting:
@@ -87,7 +83,7 @@ class Worker:
             if error.code not in AWAY:
                 raise
             self._tell("away", code=error.code, message=error.message)
-            self._stop.wait(AWAY_SECONDS)
+            self._sleep(AWAY_SECONDS)
             return None
 
     def _work(self, lease: dict[str, Any]) -> None:
@@ -101,13 +97,16 @@ class Worker:
                     self._evaluate(lease)
                 else:
                     self._train(lease, heart)
-            except Stopped:
-                self._give_back(lease)
             except TrainChainError as error:
                 self._tell("failed", lease=lease["lease"], code=error.code, message=error.message, hint=error.hint)
                 if error.code not in OVER:
                     self._give_back(lease)
-                    self._stop.wait(AWAY_SECONDS)
+                    self._sleep(AWAY_SECONDS)
+            except BaseException:
+                self._child.stop()
+                self._client.attempts = 1
+                self._give_back(lease)
+                raise
 
     def _prepare(self, lease: dict[str, Any]) -> None:
         files = self._cache.job(self._client, lease["job"], lease["spec_hash"])
@@ -142,9 +141,6 @@ class Worker:
             "out": str(out),
         }
         for event in self._child.ask(request):
-            if self._stop.is_set():
-                self._child.stop()
-                raise Stopped
             if heart.over is not None:
                 self._child.stop()
                 raise heart.over
@@ -214,9 +210,7 @@ class Worker:
                 if error.code not in AWAY:
                     raise
                 self._tell("away", code=error.code, message=error.message)
-                if self._stop.is_set():
-                    raise Stopped from None
-                self._stop.wait(AWAY_SECONDS)
+                self._sleep(AWAY_SECONDS)
 
     def _give_back(self, lease: dict[str, Any]) -> None:
         try:

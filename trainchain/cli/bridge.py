@@ -1,0 +1,148 @@
+"""The chain as the hub sees it: the port of `core/hub/service.py`, filled from `trainchain.chain`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from trainchain.core.errors import TrainChainError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trainchain.chain.escrow import ChainClient
+    from trainchain.chain.wallet import Wallet
+    from trainchain.core.hub.service import EscrowJob, Settled
+
+GAS = 10**18
+LOW_GAS = 10**16
+
+
+def open_hub_chain(
+    url: str, escrow: str | None, token: str | None, public_url: str | None, home: Path, wallet: Wallet
+) -> HubChain:
+    """Connect a hub to its chain. An embedded one is made, with token and escrow, where it is not there yet."""
+    from trainchain.chain import escrow as contract
+
+    chain = contract.connect(url, home=home, escrow=escrow or "")
+    faucet = chain.faucet()
+    if faucet is not None:
+        deployed = chain.deploy(faucet)
+        if chain.gas_balance(wallet.address) < LOW_GAS:
+            chain.transfer_gas(faucet, wallet.address, GAS)
+        return HubChain(chain, wallet, deployed.token, "/chain", faucet)
+    if not escrow or not token:
+        raise TrainChainError(
+            "usage.flag", "A chain by URL needs --escrow and --token.", hint=f"trainchain chain deploy --rpc {url}"
+        )
+    chain.check_code()
+    parts = urlsplit(url)
+    if public_url is None and (parts.path.strip("/") or parts.query or parts.username):
+        raise TrainChainError(
+            "usage.flag",
+            "The chain's URL looks as if it carried a key; workers need one without.",
+            hint="--public-chain URL names the RPC that workers and owners use",
+        )
+    return HubChain(chain, wallet, token, public_url or url, None)
+
+
+class HubChain:
+    """One hub's account on one chain; see `trainchain.core.hub.service.Chain`."""
+
+    def __init__(self, chain: ChainClient, wallet: Wallet, token: str, public_rpc: str, faucet: Wallet | None) -> None:
+        self.chain_id = chain.chain_id
+        self.escrow = chain.escrow
+        self.token = token
+        self.address = wallet.address
+        self._chain = chain
+        self._wallet = wallet
+        self._public_rpc = public_rpc
+        self._faucet = faucet
+        self._rpc: Any = None
+        if chain.node is not None:
+            from trainchain.chain.devnet.rpc import Rpc
+
+            self._rpc = Rpc(chain.node, public=True)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "rpc": self._public_rpc,
+            "chain_id": self.chain_id,
+            "escrow": self.escrow,
+            "token": self.token,
+            "hub": self.address,
+            "embedded": self._faucet is not None,
+        }
+
+    def job_id(self, owner: str, salt: str) -> str:
+        return self._chain.job_id(owner, salt)
+
+    def job(self, job_id: str) -> EscrowJob | None:
+        from trainchain.core.hub.service import EscrowJob
+
+        try:
+            found = self._chain.job(job_id)
+        except TrainChainError as error:
+            if error.code == "chain.reverted":
+                return None
+            raise
+        return EscrowJob(
+            owner=found.owner,
+            token=found.token,
+            hub=found.hub,
+            deadline=found.deadline,
+            grace=found.grace,
+            round_cap=found.round_cap,
+            spec_hash=found.spec_hash,
+            funded=found.funded - found.refunded,
+            settled=found.settled,
+            round=found.round,
+            halted=found.halted,
+        )
+
+    def recover(self, kind: str, message: Mapping[str, Any], signature: str) -> str:
+        from trainchain.chain import eip712
+
+        return eip712.recover(self._chain.domain, kind, message, signature)
+
+    def recover_sign_in(self, fields: Mapping[str, Any], signature: str) -> str:
+        from trainchain.chain.signin import SignIn, recover_sign_in
+
+        return recover_sign_in(SignIn(**fields), signature)
+
+    def sign(self, kind: str, message: Mapping[str, Any]) -> str:
+        from trainchain.chain import eip712
+
+        return eip712.sign(self._chain.domain, kind, message, self._wallet)
+
+    def settle(self, job_id: str, round_: int, amounts: Mapping[str, int]) -> Settled:
+        from trainchain.chain.settlement import leaves_file, settle_leaves
+        from trainchain.core.hub.service import Settled
+
+        leaves = leaves_file(job_id, round_, amounts)
+        made = settle_leaves(leaves)
+        tx = self._chain.settle(self._wallet, job_id, round_, made.root, made.total, made.data_hash)
+        return Settled(made.root, made.total, leaves, tx)
+
+    def drip(self, address: str, tokens: int) -> dict[str, str]:
+        if self._faucet is None:
+            raise TrainChainError(
+                "faucet.closed", "This hub settles on a chain of its own worth: nobody gives tokens away there."
+            )
+        sent = {}
+        if self._chain.gas_balance(address) < LOW_GAS:
+            sent["gas"] = self._chain.transfer_gas(self._faucet, address, GAS)
+        if tokens:
+            sent["tokens"] = self._chain.transfer_token(self._faucet, self.token, address, tokens)
+        return sent
+
+    def rpc(self, body: bytes) -> bytes:
+        if self._rpc is None:
+            raise TrainChainError("chain.denied", "This hub's chain has an RPC of its own.", hint=self._public_rpc)
+        try:
+            request = json.loads(body)
+        except ValueError:
+            raise TrainChainError("http.bad_request", "The request is not JSON.") from None
+        return json.dumps(self._rpc.handle(request)).encode()

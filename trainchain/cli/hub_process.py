@@ -1,0 +1,132 @@
+"""One hub process put together: state, chain, steward, HTTP, and the evaluating child."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from trainchain.cli import parent
+from trainchain.cli.bridge import open_hub_chain
+from trainchain.cli.output import Output
+from trainchain.core.errors import TrainChainError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trainchain.core.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def serve(
+    settings: Settings,
+    out: Output,
+    *,
+    listen: str,
+    chain_url: str,
+    escrow: str | None,
+    token: str | None,
+    public_chain: str | None,
+    evaluator_threads: int,
+    with_parent: bool,
+) -> None:
+    """Serve until stopped. `evaluator_threads` 0 means no evaluating child: rounds then show no held-out loss."""
+    import uvicorn
+
+    from trainchain.chain import wallet
+    from trainchain.core.hub.api import create_app
+    from trainchain.core.hub.service import Hub
+    from trainchain.core.hub.steward import Steward
+    from trainchain.core.hub.store import Store
+    from trainchain.core.objects import ObjectStore
+    from trainchain.core.settings import private_folder
+
+    if with_parent:
+        parent.end_with_parent()
+    bound = _bind(listen)
+    url = f"http://{bound.getsockname()[0]}:{bound.getsockname()[1]}"
+    home = private_folder(settings.home)
+    keys = wallet.load_or_create(home / "hub-wallet.json", settings.password() or "")
+    chain = open_hub_chain(chain_url, escrow, token, public_chain, home, keys)
+    evaluator_home = home / "evaluator"
+    evaluators: frozenset[str] = frozenset()
+    if evaluator_threads:
+        evaluators = frozenset({wallet.load_or_create(evaluator_home / "wallet.json").address})
+    hub = Hub(Store(home / "hub.sqlite"), ObjectStore(home / "objects"), chain, evaluators=evaluators)
+    steward = Steward(hub)
+    steward.start()
+    evaluator = _Evaluator(url, evaluator_home, evaluator_threads) if evaluator_threads else None
+    config = uvicorn.Config(
+        create_app(hub),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=2,
+        h11_max_incomplete_event_size=64 << 10,
+    )
+    document = {"event": "ready", "url": url, "escrow": chain.escrow, "chain_id": chain.chain_id, "hub": chain.address}
+    out.event(document, f"hub      {url}  chain {chain_url} (id {chain.chain_id})  escrow {chain.escrow}")
+    if not out.json_mode:
+        out.result(url, document)
+    try:
+        uvicorn.Server(config).run(sockets=[bound])
+    finally:
+        if evaluator is not None:
+            evaluator.stop()
+        steward.stop()
+        hub.store.close()
+
+
+def _bind(listen: str) -> socket.socket:
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise TrainChainError("usage.flag", f"--listen {listen} is not HOST:PORT.", hint="--listen 127.0.0.1:7070")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host.strip("[]"), int(port)))
+        found.listen(1024)
+    except OSError as error:
+        found.close()
+        raise TrainChainError(
+            "hub.address_in_use",
+            f"{listen} cannot be listened on: {error.strerror}.",
+            hint="Choose another port with --listen 127.0.0.1:0",
+        ) from None
+    return found
+
+
+class _Evaluator:
+    """The hub's own worker for `evaluate` leases: a child process, started again whenever it ends."""
+
+    def __init__(self, url: str, home: Path, threads: int) -> None:
+        self._arguments = ["serve-gpu", "--hub", url, "--home", str(home), "--threads", str(threads)]
+        self._arguments += ["--json", "--until-stdin-closes"]
+        self._log = home / "evaluator.log"
+        self._stopping = threading.Event()
+        self._process = parent.start(self._arguments, self._log)
+        self._thread = threading.Thread(target=self._watch, name="evaluator", daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stopping.is_set():
+            process = self._process
+            assert process.stdout is not None
+            began = time.monotonic()
+            for _ in process.stdout:
+                pass
+            code = process.wait()
+            if self._stopping.is_set():
+                return
+            log.warning("the evaluating child ended with %s; its log is %s", code, self._log)
+            self._stopping.wait(max(0.0, 5.0 - (time.monotonic() - began)))
+            if not self._stopping.is_set():
+                self._process = parent.start(self._arguments, self._log)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        parent.stop(self._process)

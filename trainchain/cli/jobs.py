@@ -1,0 +1,122 @@
+"""jobs ls | show | reclaim: what becomes of a job."""
+
+from typing import Any
+
+import typer
+
+from trainchain.cli.options import Home, HubUrl, JobName, Json, Yes
+from trainchain.cli.output import Output
+from trainchain.core import money
+
+app = typer.Typer(help="Look at jobs, and take back what they did not spend.", no_args_is_help=True)
+
+
+@app.command("ls")
+def list_jobs(hub: HubUrl = None, home: Home = None, json_: Json = False) -> None:
+    """List a hub's jobs, the newest first.
+
+    \b
+    Examples:
+      trainchain jobs ls
+      trainchain jobs ls --hub https://hub.example.org --json
+    """
+    from trainchain.cli import wiring
+    from trainchain.core.settings import Settings
+
+    out = Output(json_mode=json_)
+    found = wiring.hub_client(Settings.load(home, hub)).get("/v1/jobs")
+    lines = [
+        f"{row['job'][:12]}  {row['state']:<9}  round {row['round']}/{row['rounds']}  "
+        f"spent {money.show(int(row['spent']))} of {money.show(int(row['budget']))} TRAIN  {row['name']}"
+        for row in found["jobs"]
+    ]
+    out.result("\n".join(lines) if lines else "no jobs", found)
+
+
+@app.command("show")
+def show(job: JobName, hub: HubUrl = None, home: Home = None, json_: Json = False) -> None:
+    """Show a job: its rounds, losses, shards, workers and money.
+
+    \b
+    Examples:
+      trainchain jobs show @last
+      trainchain jobs show 0x7f3a9c --json
+    """
+    from trainchain.cli import wiring
+    from trainchain.core.settings import Settings
+
+    out = Output(json_mode=json_)
+    settings = Settings.load(home, hub)
+    client = wiring.hub_client(settings)
+    view = client.get(f"/v1/jobs/{wiring.job_id_of(client, settings, job)}")
+    document = {**view, "money": _money(client, view["job"])}
+    out.result(describe(document), document)
+
+
+@app.command("reclaim")
+def reclaim(job: JobName, hub: HubUrl = None, home: Home = None, yes: Yes = False, json_: Json = False) -> None:
+    """Take back what a job never earned, once its deadline and its grace time are over. Owner only.
+
+    \b
+    Examples:
+      trainchain jobs reclaim @last
+      trainchain jobs reclaim support-bot --json
+    """
+    from trainchain.cli import collect, wiring
+    from trainchain.core.settings import Settings
+
+    out = Output(json_mode=json_)
+    settings = Settings.load(home, hub)
+    wallet = wiring.open_wallet(settings, out)
+    client = wiring.hub_client(settings, wallet)
+    chain = wiring.chain_of(client)
+    document = collect.reclaim(client, chain, wallet, wiring.job_id_of(client, settings, job))
+    out.result(f"refunded {money.show(int(document['refunded']))} TRAIN to {wallet.address}", document)
+
+
+def _money(client: Any, job_id: str) -> dict[str, str]:
+    """The escrow's own figures for a job, read from the chain and not from the hub."""
+    from trainchain.cli import wiring
+
+    found = wiring.chain_of(client).job(job_id)
+    return {
+        "funded": str(found.funded),
+        "settled": str(found.settled),
+        "claimed": str(found.claimed),
+        "claimable": str(found.settled - found.claimed),
+        "refundable": str(found.free),
+        "refunded": str(found.refunded),
+    }
+
+
+def describe(view: dict[str, Any]) -> str:
+    """A job on one screen of 80 columns."""
+    lines = [
+        f"{view['name']}  {view['job'][:18]}..  {view['state']}  round {view['round']}/{view['rounds']}",
+        f"price at most {money.show(int(view['price']))}, spent {money.show(int(view['spent']))} "
+        f"of {money.show(int(view['budget']))} TRAIN",
+    ]
+    if held := {row["round"]: row["loss"] for row in view["evaluations"]}:
+        shown = [f"{held[r]:.4f}" if held[r] is not None else "pending" for r in sorted(held)]
+        lines.append("held-out loss  " + " > ".join(shown))
+    for row in view["rounds_done"]:
+        lines.append(f"round {row['round']}  {row['state']}")
+        for shard in row["shards"]:
+            who = f"{shard['worker'][:6]}..{shard['worker'][-4:]}" if "worker" in shard else ""
+            tail = f"+{money.show(int(shard['reward']))} TRAIN" if "reward" in shard else ""
+            progress = shard.get("progress") or {}
+            if progress:
+                tail = f"step {progress['step']}/{progress['steps']}"
+            lines.append(f"  shard {shard['shard']:<3} {shard['state']:<9} {shard['tokens']:>8,} tokens  {who}  {tail}")
+    for address, worker in view["workers"].items():
+        lines.append(f"worker {address}  {worker['accepted']} accepted  {money.show(int(worker['reward']))} TRAIN")
+    for row in view["settlements"]:
+        lines.append(
+            f"settled round {row['round']}  total {money.show(int(row['total']))} TRAIN  tx {row['tx'][:18]}.."
+        )
+    if money_held := view.get("money"):
+        lines.append(
+            "escrow  " + "  ".join(f"{name} {money.show(int(money_held[name]))}" for name in
+            ("funded", "claimed", "claimable", "refundable", "refunded"))
+        )  # fmt: skip
+    return "\n".join(lines)

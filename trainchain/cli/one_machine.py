@@ -1,0 +1,335 @@
+"""`run`, put together from what the separate commands use: a hub process, worker processes, submit, claim, pull."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainchain.cli import collect, owner, parent, wiring
+from trainchain.cli.output import Output
+from trainchain.cli.progress import Progress
+from trainchain.core import money
+from trainchain.core.errors import TrainChainError
+
+if TYPE_CHECKING:
+    from trainchain.core.client import HubClient
+
+READY_SECONDS = 90.0
+LOOK_SECONDS = 0.5
+SAME_FAILURES = 6
+"""So many failures in a row, all with one code and with nothing accepted between, and the run ends with that code."""
+ENDED = ("finished", "settled", "closed", "expired", "cancelled")
+
+
+@dataclass
+class Clock:
+    """Where the wall time went, in seconds."""
+
+    began: float = field(default_factory=time.monotonic)
+    chain: float = 0.0
+
+    @contextlib.contextmanager
+    def on_chain(self) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.chain += time.monotonic() - start
+
+
+def run(recipe_path: Path, state: Path, workers: int, output: Path | None, out: Output) -> dict[str, Any]:
+    """Run a recipe to its end; returns the document of `run --json`. All children end with this process."""
+    from trainchain.core.settings import Settings, private_folder
+
+    clock = Clock()
+    plan = owner.resolve(recipe_path)
+    out.note(plan.describe())
+    target = output or Path(f"{plan.resolved.name}-lora")
+    private_folder(state)
+    memory = _Memory(state / "run.json", plan.resolved.spec_hash)
+    with contextlib.ExitStack() as stack:
+        hub_url = _start_hub(stack, state, memory)
+        settings = Settings(state / "owner", hub_url)
+        progress = stack.enter_context(Progress(out, plan.resolved))
+        fleet = _Fleet(stack, state, hub_url, workers, progress)
+        job_id = memory.job
+        if job_id is None:
+            with clock.on_chain():
+                job_id = owner.publish(plan, settings, out, lambda _: None)["job"]
+            memory.remember(job_id)
+        else:
+            out.note(f"going on with job {job_id[:12]}")
+        client = wiring.hub_client(settings, wiring.open_wallet(settings, out))
+        view = _watch(client, job_id, fleet, progress)
+        if view["state"] in ("expired", "cancelled"):
+            raise TrainChainError("job.ended_badly", f"Job {job_id[:12]} is {view['state']}.")
+        with clock.on_chain():
+            view = _wait_settled(client, job_id, view)
+        view = _wait_measured(client, job_id, view, progress)
+        fleet.stop()
+        with clock.on_chain():
+            claims = [_claim(home, hub_url, out) for home in fleet.homes]
+        pulled = owner.fetch(client, job_id, target)
+        escrow = _escrow(client, job_id)
+        memory.forget()
+    document = _document(plan, view, claims, pulled, escrow, clock, workers, state)
+    _say(document, out)
+    return document
+
+
+class _Memory:
+    """Which job an interrupted run was at, so that the same command goes on with it."""
+
+    def __init__(self, path: Path, spec_hash: str) -> None:
+        self._path = path
+        self._spec_hash = spec_hash
+        self.job: str | None = None
+        self.port = 0
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(path.read_bytes())
+            self.port = int(found.get("port", 0))
+            if found.get("spec_hash") == spec_hash:
+                self.job = found.get("job")
+
+    def remember(self, job: str | None) -> None:
+        from trainchain.core.settings import write_private
+
+        self.job = job
+        document = {"port": self.port, "spec_hash": self._spec_hash, "job": job}
+        write_private(self._path, json.dumps(document).encode())
+
+    def forget(self) -> None:
+        self.remember(None)
+
+
+def _start_hub(stack: contextlib.ExitStack, state: Path, memory: _Memory) -> str:
+    """Start the hub where it listened before, if that port is free; else on any."""
+    for port in dict.fromkeys((memory.port, 0)):
+        arguments = ["serve-hub", "--listen", f"127.0.0.1:{port}", "--home", str(state / "hub"), "--json"]
+        process = parent.start([*arguments, "--until-stdin-closes"], state / "hub.log")
+        stack.callback(parent.stop, process)
+        ready = _first_line(process)
+        if ready.get("event") == "ready":
+            memory.port = int(str(ready["url"]).rpartition(":")[2])
+            memory.remember(memory.job)
+            _drain(process)
+            return str(ready["url"])
+        if ready.get("error", {}).get("code") != "hub.address_in_use":
+            break
+    raise TrainChainError("hub.failed", "The hub did not start.", hint=f"Its last words are in {state / 'hub.log'}.")
+
+
+def _first_line(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    watchdog = threading.Timer(READY_SECONDS, process.kill)
+    watchdog.start()
+    try:
+        line = process.stdout.readline()
+    finally:
+        watchdog.cancel()
+    with contextlib.suppress(ValueError):
+        found = json.loads(line)
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _drain(process: subprocess.Popen[str]) -> None:
+    """Read on, so that a full pipe never stops a child."""
+
+    def read() -> None:
+        assert process.stdout is not None
+        with contextlib.suppress(ValueError, OSError):
+            for _ in process.stdout:
+                pass
+
+    threading.Thread(target=read, daemon=True).start()
+
+
+class _Fleet:
+    """The worker processes of a run, and what they report."""
+
+    def __init__(
+        self, stack: contextlib.ExitStack, state: Path, hub_url: str, workers: int, progress: Progress
+    ) -> None:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        self.homes = [state / f"worker-{number}" for number in range(1, workers + 1)]
+        self.training = 0.0
+        self._progress = progress
+        self._failures: list[TrainChainError] = []
+        self._lock = threading.Lock()
+        self._processes = []
+        for home in self.homes:
+            arguments = ["serve-gpu", "--hub", hub_url, "--home", str(home), "--threads", str(threads)]
+            process = parent.start([*arguments, "--json", "--until-stdin-closes"], home.with_suffix(".log"))
+            stack.callback(parent.stop, process)
+            self._processes.append(process)
+            threading.Thread(target=self._read, args=(process, home.name), daemon=True).start()
+
+    def _read(self, process: subprocess.Popen[str], name: str) -> None:
+        assert process.stdout is not None
+        with contextlib.suppress(ValueError, OSError):
+            for line in process.stdout:
+                event = json.loads(line)
+                with self._lock:
+                    self._note(event)
+                self._progress.worker(name, event)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        if event.get("event") == "accepted":
+            self.training += float(event["train_seconds"])
+            self._failures.clear()
+        elif event.get("event") == "failed":
+            if self._failures and self._failures[-1].code != event["code"]:
+                self._failures.clear()
+            self._failures.append(TrainChainError(event["code"], event["message"], hint=event.get("hint", "")))
+
+    def check(self) -> None:
+        """Raise what keeps every worker from working, rather than wait for ever."""
+        with self._lock:
+            if len(self._failures) >= SAME_FAILURES:
+                raise self._failures[-1]
+        if all(process.poll() is not None for process in self._processes):
+            raise TrainChainError(
+                "train.child_died", "Every worker has ended.", hint=f"Read {self.homes[0].with_suffix('.log')}."
+            )
+
+    def stop(self) -> None:
+        for process in self._processes:
+            parent.stop(process)
+
+
+def _watch(client: HubClient, job_id: str, fleet: _Fleet, progress: Progress) -> dict[str, Any]:
+    """Follow the job to its end."""
+    while True:
+        view = client.get(f"/v1/jobs/{job_id}")
+        progress.job(view)
+        if view["state"] in ENDED:
+            return view
+        fleet.check()
+        time.sleep(LOOK_SECONDS)
+
+
+def _wait_settled(client: HubClient, job_id: str, view: dict[str, Any]) -> dict[str, Any]:
+    while view["state"] not in ("settled", "closed"):
+        time.sleep(LOOK_SECONDS / 5)
+        view = client.get(f"/v1/jobs/{job_id}")
+    return view
+
+
+def _wait_measured(
+    client: HubClient, job_id: str, view: dict[str, Any], progress: Progress, seconds: float = 300.0
+) -> dict[str, Any]:
+    """Wait for the held-out losses that the hub's child still measures; they are worth minutes, not for ever."""
+    until = time.monotonic() + seconds
+    while any(row["state"] != "done" for row in view["evaluations"]) and time.monotonic() < until:
+        time.sleep(LOOK_SECONDS)
+        view = client.get(f"/v1/jobs/{job_id}")
+        progress.job(view)
+    return view
+
+
+def _claim(home: Path, hub_url: str, out: Output) -> dict[str, Any]:
+    from trainchain.core.settings import Settings
+
+    settings = Settings(home, hub_url)
+    wallet = wiring.open_wallet(settings, out)
+    client = wiring.hub_client(settings, wallet)
+    return collect.claim_all(client, wiring.chain_of(client), wallet, collect.known_jobs(client, settings))
+
+
+def _escrow(client: HubClient, job_id: str) -> dict[str, str]:
+    found = wiring.chain_of(client).job(job_id)
+    return {
+        "funded": str(found.funded),
+        "claimed": str(found.claimed),
+        "claimable": str(found.settled - found.claimed),
+        "refundable": str(found.free),
+    }
+
+
+def _document(
+    plan: owner.Plan,
+    view: dict[str, Any],
+    claims: list[dict[str, Any]],
+    pulled: dict[str, Any],
+    escrow: dict[str, str],
+    clock: Clock,
+    workers: int,
+    state: Path,
+) -> dict[str, Any]:
+    shards = [shard for row in view["rounds_done"] for shard in row["shards"]]
+    training = sum(shard.get("seconds", 0.0) for shard in shards) / workers
+    merging = sum(row["merge_seconds"] or 0.0 for row in view["rounds_done"])
+    wall = time.monotonic() - clock.began
+    losses = {row["round"]: row["loss"] for row in view["evaluations"]}
+    by_wallet = {claim["wallet"]: claim for claim in claims}
+    return {
+        "job": view["job"],
+        "name": view["name"],
+        "spec_hash": view["spec_hash"],
+        "adapter": pulled["folder"],
+        "state": str(state),
+        "rounds": [
+            {
+                "round": row["round"],
+                "loss_before": losses.get(row["round"] - 1),
+                "loss_after": losses.get(row["round"]),
+                "accepted": sum(shard["state"] == "accepted" for shard in row["shards"]),
+                "merge_error": row["merge_error"],
+            }
+            for row in view["rounds_done"]
+        ],
+        "loss_before": losses.get(0),
+        "loss_after": losses.get(len(view["rounds_done"])),
+        "tokens": sum(shard["tokens"] for shard in shards if shard["state"] == "accepted"),
+        "workers": [
+            {
+                "wallet": address,
+                "accepted": worker["accepted"],
+                "tokens": worker["tokens"],
+                "reward": worker["reward"],
+                "claimed": by_wallet.get(address, {}).get("claimed", "0"),
+                "claim_txs": [row["tx"] for row in by_wallet.get(address, {}).get("claims", []) if row["tx"]],
+            }
+            for address, worker in view["workers"].items()
+        ],
+        "settlements": [
+            {"round": row["round"], "root": row["root"], "total": row["total"], "tx": row["tx"]}
+            for row in view["settlements"]
+        ],
+        "escrow": escrow,
+        "seconds": {
+            "total": round(wall, 2),
+            "training": round(training, 2),
+            "merging": round(merging, 2),
+            "chain": round(clock.chain, 2),
+            "waiting": round(max(0.0, wall - training - merging - clock.chain), 2),
+        },
+        "tokens_planned": sum(counts.tokens for row in plan.resolved.counts for counts in row),
+    }
+
+
+def _say(document: dict[str, Any], out: Output) -> None:
+    seconds = document["seconds"]
+    before, after = document["loss_before"], document["loss_after"]
+    if before is not None and after is not None:
+        out.note(f"held-out loss {before:.4f} > {after:.4f} over {document['tokens']:,} tokens")
+    for worker in document["workers"]:
+        out.note(
+            f"worker {worker['wallet']}  {worker['accepted']} shards accepted  "
+            f"claimed {money.show(int(worker['claimed']))} TRAIN"
+        )
+    out.note(f"{money.show(int(document['escrow']['refundable']))} TRAIN unspent; they come back after the grace time")
+    out.note(
+        f"{seconds['total']:.0f} s: training {seconds['training']:.0f}, waiting {seconds['waiting']:.0f}, "
+        f"merging {seconds['merging']:.1f}, chain {seconds['chain']:.1f}"
+    )

@@ -1,0 +1,59 @@
+"""What a command says: the answer on stdout, talk on stderr, one JSON document where it was asked for."""
+
+import json
+import os
+import sys
+from typing import Any
+
+from trainchain.core.errors import TrainChainError
+
+
+class Output:
+    """One command's voice. With `json_mode` the answer is exactly one document, also on failure."""
+
+    def __init__(self, *, json_mode: bool) -> None:
+        self.json_mode = json_mode
+
+    def result(self, text: str, document: dict[str, Any]) -> None:
+        """The answer: `text` for people and pipes, `document` for programs."""
+        self._write(json.dumps({"ok": True, **document}) if self.json_mode else text)
+
+    def event(self, event: dict[str, Any], text: str | None) -> None:
+        """One line of a serving or watching command: JSON on stdout, or talk on stderr."""
+        if self.json_mode:
+            self._write(json.dumps(event))
+        elif text:
+            self.note(text)
+
+    def note(self, text: str) -> None:
+        print(_printable(text, sys.stderr.encoding), file=sys.stderr, flush=True)  # noqa: T201
+
+    def hint(self, text: str) -> None:
+        if text:
+            self.note(f"hint: {text}")
+
+    def error(self, error: TrainChainError) -> None:
+        if self.json_mode:
+            document = {"code": error.code, "message": error.message, "hint": error.hint}
+            self._write(json.dumps({"ok": False, "error": document}))
+        self.note(f"error[{error.code}] {error.message}")
+        self.hint(error.hint)
+
+    def _write(self, text: str) -> None:
+        print(_printable(text, sys.stdout.encoding), flush=True)  # noqa: T201
+
+
+def _printable(text: str, encoding: str | None) -> str:
+    """The text with what the stream cannot say replaced, so that a name can never crash a command."""
+    name = encoding or "utf-8"
+    return text.encode(name, errors="replace").decode(name)
+
+
+def may_ask() -> bool:
+    """Whether somebody sits at a terminal who can answer a question."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def fancy() -> bool:
+    """Whether stderr is a terminal that takes colours and a live display."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ

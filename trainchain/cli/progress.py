@@ -1,0 +1,123 @@
+"""The live display of a run, on stderr: redrawn on a terminal, one line an event elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from trainchain.cli.output import Output, fancy
+from trainchain.core import money
+
+if TYPE_CHECKING:
+    from trainchain.core.models import ResolvedRecipe
+
+BAR = 24
+
+
+class Progress:
+    """Told of the job and of its workers' events; shows round, shards, loss, tokens/s and what was earned."""
+
+    def __init__(self, out: Output, recipe: ResolvedRecipe) -> None:
+        self._out = out
+        self._recipe = recipe
+        self._lock = threading.Lock()
+        self._view: dict[str, Any] = {}
+        self._workers: dict[str, dict[str, Any]] = {}
+        self._earned: dict[str, int] = {}
+        self._said: set[tuple[Any, ...]] = set()
+        self._began = time.monotonic()
+        self._live: Any = None
+
+    def __enter__(self) -> Progress:
+        if fancy():
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(stderr=True), refresh_per_second=4, get_renderable=self._draw)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def worker(self, name: str, event: dict[str, Any]) -> None:
+        """Take note of what a worker says."""
+        with self._lock:
+            self._workers[name] = event
+            if event["event"] == "accepted":
+                self._earned[name] = self._earned.get(name, 0) + int(event["amount"])
+        if event["event"] == "accepted":
+            self._once(
+                ("accepted", event["round"], event["shard"]),
+                f"round {event['round']}  shard {event['shard']} accepted  {name}  "
+                f"+{money.show(int(event['amount']))} TRAIN",
+            )
+        elif event["event"] in ("failed", "away"):
+            self._say(f"{name}  {event['message']}")
+
+    def job(self, view: dict[str, Any]) -> None:
+        """Take note of where the job stands."""
+        with self._lock:
+            self._view = view
+        for row in view["evaluations"]:
+            if row["loss"] is not None:
+                label = "base" if row["round"] == 0 else f"round {row['round']}"
+                self._once(("loss", row["round"]), f"{label}  held-out loss {row['loss']:.4f}")
+        for row in view["rounds_done"]:
+            if row["state"] == "merged":
+                done = sum(shard["state"] == "accepted" for shard in row["shards"])
+                self._once(("merged", row["round"]), f"round {row['round']}  {done}/{len(row['shards'])} shards merged")
+
+    def _once(self, key: tuple[Any, ...], text: str) -> None:
+        with self._lock:
+            fresh = key not in self._said
+            self._said.add(key)
+        if fresh and (self._live is None or key[0] != "accepted"):
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            self._out.note(text)
+
+    def _draw(self) -> Any:
+        from rich.text import Text
+
+        with self._lock:
+            view, workers, earned = self._view, dict(self._workers), dict(self._earned)
+        recipe = self._recipe
+        rounds = view.get("rounds_done", [])
+        states = [shard["state"] for row in rounds for shard in row["shards"]]
+        done, whole = states.count("accepted"), recipe.rounds * recipe.shards
+        losses = [row["loss"] for row in view.get("evaluations", []) if row["loss"] is not None]
+        filled = BAR * done // whole
+        speed = sum(event.get("tokens_per_second", 0.0) for event in workers.values() if event["event"] == "step")
+        loss = f"{losses[0]:.3f} > {losses[-1]:.3f}" if len(losses) > 1 else (f"{losses[0]:.3f}" if losses else "-")
+        lines = [
+            f"{recipe.name}  round {view.get('round', 0)}/{recipe.rounds}  {'#' * filled}{'.' * (BAR - filled)}  "
+            f"{done}/{whole} shards  {time.monotonic() - self._began:.0f} s",
+            f"held-out loss {loss}   {speed:,.0f} tokens/s   earned {money.show(sum(earned.values()))} TRAIN",
+        ]
+        lines += [f"  {name}  {_doing(event)}" for name, event in sorted(workers.items())]
+        return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+
+
+def _doing(event: dict[str, Any]) -> str:
+    match event["event"]:
+        case "step":
+            return (
+                f"round {event['round']}  shard {event['shard']}  step {event['step']}/{event['steps']}  "
+                f"{event['tokens_per_second']:,.0f} tokens/s"
+            )
+        case "leased":
+            return f"round {event['round']}  shard {event['shard']}  starting"
+        case "accepted":
+            return f"round {event['round']}  shard {event['shard']}  accepted +{money.show(int(event['amount']))} TRAIN"
+        case "waiting":
+            return "waiting for a shard"
+        case _:
+            return str(event["event"])

@@ -1,0 +1,123 @@
+"""The composition root: the one place where settings, wallets, hub and chain are put together.
+
+Engines never import each other; what crosses between core and chain is a plain function made here.
+Everything heavy is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin
+
+from trainchain.cli.output import Output, may_ask
+from trainchain.core.errors import TrainChainError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trainchain.chain.escrow import ChainClient
+    from trainchain.chain.wallet import Wallet
+    from trainchain.core.client import HubClient
+    from trainchain.core.settings import Settings
+
+
+def open_wallet(settings: Settings, out: Output) -> Wallet:
+    """This home's wallet, made without a question where there is none (and said so).
+
+    The password comes from TRAINCHAIN_PASSWORD_FILE, else is empty, else is asked for where somebody can answer.
+    """
+    from trainchain.chain import wallet
+
+    password, path = settings.password(), settings.wallet_path
+    if not path.exists():
+        made = wallet.load_or_create(path, password or "")
+        out.note(f"wallet   {made.address} made at {path}" + ("" if password else " (no password)"))
+        return made
+    try:
+        return wallet.open(path, password or "")
+    except TrainChainError as error:
+        if error.code != "wallet.wrong_password":
+            raise
+        if password is not None:
+            raise TrainChainError(error.code, error.message, hint="Check TRAINCHAIN_PASSWORD_FILE.") from None
+        if not may_ask():
+            raise TrainChainError(
+                "wallet.locked",
+                f"The wallet at {path} has a password, and nobody can be asked for it.",
+                hint="TRAINCHAIN_PASSWORD_FILE=FILE names a file that holds it",
+            ) from None
+    import getpass
+
+    return wallet.open(path, getpass.getpass(f"Password of {path}: "))
+
+
+def hub_client(settings: Settings, wallet: Wallet | None = None, *, attempts: int | None = None) -> HubClient:
+    """The hub of these settings, signed in as `wallet` when a request asks for it."""
+    from trainchain.chain.signin import SignIn, sign_in
+    from trainchain.core.client import ATTEMPTS, HubClient
+
+    if wallet is None:
+        return HubClient(settings.hub, attempts=attempts or ATTEMPTS)
+
+    def sign(fields: dict[str, Any]) -> str:
+        return sign_in(SignIn(**fields), wallet)
+
+    return HubClient(settings.hub, address=wallet.address, sign_in=sign, attempts=attempts or ATTEMPTS)
+
+
+def chain_of(client: HubClient) -> ChainClient:
+    """The chain a hub names, its id and the escrow's code checked before anything is believed or sent.
+
+    Raises `chain.wrong` where they are not what TrainChain ships.
+    """
+    from trainchain.chain import escrow
+
+    told = client.info()["chain"]
+    chain = escrow.connect(urljoin(client.url + "/", str(told["rpc"])), escrow=told["escrow"])
+    if chain.chain_id != told["chain_id"]:
+        raise TrainChainError(
+            "chain.wrong",
+            f"The hub names chain {told['chain_id']}, and its RPC answers for chain {chain.chain_id}.",
+            hint="Do not send anything; tell the hub's operator.",
+        )
+    chain.check_code()
+    return chain
+
+
+def contribution_signer(wallet: Wallet, chain: ChainClient) -> Any:
+    """Signs contributions for this chain's escrow."""
+    from trainchain.chain import eip712
+
+    domain = eip712.Domain(chain.chain_id, chain.escrow)
+
+    def sign(message: Mapping[str, Any]) -> str:
+        return eip712.sign(domain, "Contribution", message, wallet)
+
+    return sign
+
+
+def job_checker(chain: ChainClient) -> Any:
+    """A function that insists, once a job, that the escrow holds money under the recipe's hash."""
+    passed: set[str] = set()
+
+    def check(job_id: str, spec_hash: str) -> None:
+        if job_id in passed:
+            return
+        job = chain.job(job_id)
+        if job is None or job.funded == 0:
+            raise TrainChainError("job.unfunded", f"The escrow {chain.escrow} holds nothing for job {job_id}.")
+        if job.spec_hash.removeprefix("0x") != spec_hash:
+            raise TrainChainError("job.invalid", f"Job {job_id} stands in escrow under another recipe.")
+        passed.add(job_id)
+
+    return check
+
+
+def job_id_of(client: HubClient, settings: Settings, name: str) -> str:
+    """The full id behind an id, a prefix, a name, or @last (the last job submitted from this home)."""
+    if name == "@last":
+        last = settings.home / "last_job"
+        if not last.exists():
+            raise TrainChainError("job.unknown", "No job was submitted from this home yet.", hint="trainchain jobs ls")
+        name = last.read_text(encoding="utf-8").strip()
+    return str(client.get(f"/v1/jobs/{name}")["job"])

@@ -1,0 +1,117 @@
+"""Everything `submit` must know of a model and its data before a job can be pinned, in one call.
+
+Whatever is wrong with them surfaces here, on the owner's machine, as its one clear error.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trainchain.core.adapter import adapter_bytes
+from trainchain.core.errors import TrainChainError
+from trainchain.core.models import Counts, DataFormat
+from trainchain.core.train.data import count_all, load_documents
+from trainchain.core.train.evaluate import count_held_out
+from trainchain.core.train.model import Targets, find_targets, initial_adapter, load_config, load_tokenizer
+from trainchain.core.train.rows import format_of, read_rows
+
+Source = tuple[Path, DataFormat | None]
+"""A jsonl file, and its format where the recipe names one; else it is read off the first row."""
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Of one file: the format its rows have, how many there are."""
+
+    format: DataFormat
+    rows: int
+
+
+@dataclass(frozen=True)
+class HeldOutFacts:
+    """`rows` is what is evaluated: those asked for, or all there are; `file` counts the whole file."""
+
+    file: DataFacts
+    rows: int
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`counts[round - 1][shard]`; of the training rows `truncated` were cut and `skipped` teach nothing."""
+
+    datasets: list[DataFacts]
+    held_out: HeldOutFacts | None
+    targets: Targets
+    initial: bytes
+    counts: list[list[Counts]]
+    dtype: Literal["fp32", "bf16"]
+    truncated: int
+    skipped: int
+
+
+def inspect(
+    model_dir: Path,
+    datasets: Sequence[Source],
+    held_out: Source | None,
+    *,
+    held_out_rows: int,
+    sequence_len: int,
+    batch_size: int,
+    seed: int,
+    rounds: int,
+    shards: int,
+    steps: int,
+    targets: str | Sequence[str],
+    r: int,
+) -> Inspection:
+    """Read model folder and data, loading no weights. `targets` is `all-linear` or a list of module names.
+
+    Raises TrainChainError: model.unreadable, source.missing, recipe.invalid, data.format, data.empty,
+    data.too_small.
+    """
+    found = find_targets(model_dir, targets)
+    config = load_config(model_dir)
+    _check_length(config, sequence_len)
+    tokenizer = load_tokenizer(model_dir)
+    sources = [(path, form or format_of(path)) for path, form in datasets]
+    documents = load_documents(sources, tokenizer, sequence_len)
+    counts = count_all(
+        documents,
+        sequence_len=sequence_len,
+        batch_size=batch_size,
+        seed=seed,
+        rounds=rounds,
+        shards=shards,
+        steps=steps,
+    )
+    tested: HeldOutFacts | None = None
+    if held_out is not None:
+        path, form = held_out[0], held_out[1] or format_of(held_out[0])
+        rows = load_documents([(path, form)], tokenizer, sequence_len, limit=held_out_rows)
+        tested = HeldOutFacts(DataFacts(form, _count_rows(path)), rows.rows, count_held_out(rows))
+    return Inspection(
+        datasets=[DataFacts(form, _count_rows(path)) for path, form in sources],
+        held_out=tested,
+        targets=found,
+        initial=adapter_bytes(initial_adapter(found, r, seed)),
+        counts=counts,
+        dtype="bf16" if str(getattr(config, "dtype", None)) in ("torch.bfloat16", "torch.float16") else "fp32",
+        truncated=documents.truncated,
+        skipped=documents.skipped,
+    )
+
+
+def _count_rows(path: Path) -> int:
+    return sum(1 for _ in read_rows(path))
+
+
+def _check_length(config: object, sequence_len: int) -> None:
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and sequence_len > longest:
+        raise TrainChainError(
+            "recipe.invalid",
+            f"sequence_len is {sequence_len}, but the base model goes up to {longest} positions.",
+            hint=f"Set sequence_len to {longest} or less.",
+        )
