@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from trainchain.cli.wiring import escrow_job
 from trainchain.core.errors import TrainChainError
 
 if TYPE_CHECKING:
@@ -82,12 +83,9 @@ class HubChain:
     def job(self, job_id: str) -> EscrowJob | None:
         from trainchain.core.hub.service import EscrowJob
 
-        try:
-            found = self._chain.job(job_id)
-        except TrainChainError as error:
-            if error.code == "chain.reverted":
-                return None
-            raise
+        found = escrow_job(self._chain, job_id)
+        if found is None:
+            return None
         return EscrowJob(
             owner=found.owner,
             token=found.token,

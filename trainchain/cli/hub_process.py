@@ -6,7 +6,7 @@ import logging
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainchain.cli import parent
 from trainchain.cli.bridge import open_hub_chain
@@ -16,6 +16,9 @@ from trainchain.core.errors import TrainChainError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import uvicorn
+
+    from trainchain.core.hub.service import Hub
     from trainchain.core.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -72,12 +75,25 @@ def serve(
     if not out.json_mode:
         out.result(url, document)
     try:
-        uvicorn.Server(config).run(sockets=[bound])
+        server = uvicorn.Server(config)
+        _answer_waiters_on_exit(server, hub)
+        server.run(sockets=[bound])
     finally:
         if evaluator is not None:
             evaluator.stop()
         steward.stop()
         hub.store.close()
+
+
+def _answer_waiters_on_exit(server: uvicorn.Server, hub: Hub) -> None:
+    """Long polls end with an answer when the server is told to stop, not with a broken connection."""
+    handle = server.handle_exit
+
+    def exit_handler(number: int, frame: Any) -> None:
+        hub.bell.close()
+        handle(number, frame)
+
+    server.handle_exit = exit_handler  # type: ignore[assignment]
 
 
 def _bind(listen: str) -> socket.socket:

@@ -251,13 +251,14 @@ def _fund(
     from trainchain.chain.records import JobParams
     from trainchain.core.rewards import round_cap
 
-    if chain.job(job_id) is not None:
+    earlier = wiring.escrow_job(chain, job_id)
+    if earlier is not None and earlier.funded > 0:
         return None
     told, pay = client.info()["chain"], plan.resolved.pay
     if told["embedded"] and (
         chain.token_balance(told["token"], wallet.address) < pay.budget or chain.gas_balance(wallet.address) == 0
     ):
-        client.post("/v1/faucet")
+        client.post("/v1/faucet", {"tokens": True})
         out.note("faucet   the hub's own chain gave this wallet tokens to try TrainChain with")
     created = chain.create_job(
         wallet,

@@ -16,7 +16,7 @@ def end_with_parent() -> None:
     """End this process in an orderly way when its standard input closes, which it does when its parent dies."""
 
     def watch() -> None:
-        while sys.stdin.buffer.read(4096):
+        while os.read(0, 4096):  # not sys.stdin: its lock would outlive the interpreter
             pass
         os.kill(os.getpid(), signal.SIGTERM if os.name != "nt" else getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from trainchain.chain.escrow import ChainClient
+    from trainchain.chain.records import JobOnChain
     from trainchain.chain.wallet import Wallet
     from trainchain.core.client import HubClient
     from trainchain.core.settings import Settings
@@ -84,6 +85,16 @@ def chain_of(client: HubClient) -> ChainClient:
     return chain
 
 
+def escrow_job(chain: ChainClient, job_id: str) -> JobOnChain | None:
+    """A job as the escrow holds it; None where it is not there."""
+    try:
+        return chain.job(job_id)
+    except TrainChainError as error:
+        if error.code == "chain.reverted":
+            return None
+        raise
+
+
 def contribution_signer(wallet: Wallet, chain: ChainClient) -> Any:
     """Signs contributions for this chain's escrow."""
     from trainchain.chain import eip712
@@ -103,7 +114,7 @@ def job_checker(chain: ChainClient) -> Any:
     def check(job_id: str, spec_hash: str) -> None:
         if job_id in passed:
             return
-        job = chain.job(job_id)
+        job = escrow_job(chain, job_id)
         if job is None or job.funded == 0:
             raise TrainChainError("job.unfunded", f"The escrow {chain.escrow} holds nothing for job {job_id}.")
         if job.spec_hash.removeprefix("0x") != spec_hash:

@@ -17,7 +17,6 @@ from trainchain.core.models import PROTOCOL
 
 ATTEMPTS = 6
 TIMEOUT = 20.0
-AGAIN = frozenset({502, 503, 504})
 _STANDARD = frozenset({"type", "title", "status", "detail", "code", "hint"})
 
 Signer = Callable[[dict[str, Any]], str]
@@ -181,7 +180,7 @@ class HubClient:
                 self._token, renewed = None, True
                 attempt -= 1
                 continue
-            if answer.status_code in AGAIN and problem is None:
+            if answer.status_code >= 500 and problem is None:
                 failure = f"it answered {answer.status_code}"
                 continue
             raise problem or TrainChainError(

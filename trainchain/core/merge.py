@@ -130,14 +130,10 @@ def _missing(reference: Matrix, rows: Matrix, count: int) -> Matrix:
 
 def _check(start: Adapter, updates: Sequence[Update]) -> None:
     if not updates or any(update.weight <= 0 for update in updates):
-        raise TrainChainError(
-            "merge.unmergeable", "There is nothing to merge: every update needs a weight above zero."
-        )
+        raise TrainChainError("merge.unmergeable", "There is nothing to merge: every update needs a weight above zero.")
     modules = {name.removesuffix(A_SUFFIX) for name in start if name.endswith(A_SUFFIX)}
     if set(start) != {module + suffix for module in modules for suffix in (A_SUFFIX, B_SUFFIX)}:
-        raise TrainChainError(
-            "merge.unmergeable", "The start adapter is not made of lora_A and lora_B pairs."
-        )
+        raise TrainChainError("merge.unmergeable", "The start adapter is not made of lora_A and lora_B pairs.")
     for update in updates:
         if set(update.delta) != set(start):
             raise TrainChainError(

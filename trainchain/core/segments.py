@@ -21,10 +21,9 @@ _TAG = {"fp32": b"f32 ", "bf16": b"bf16"}
 
 def bf16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
     """The bf16 bits nearest to finite fp32 values, ties to even."""
-    bits = np.ascontiguousarray(array, dtype="<f4").view("<u4").astype(np.uint64)
-    rounded: NDArray[np.uint16] = (
-        (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
-    ).astype("<u2")
+    bits = np.ascontiguousarray(array, dtype="<f4").view("<u4")
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded: NDArray[np.uint16] = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype("<u2")
     return rounded
 
 
@@ -46,9 +45,7 @@ def tensor_digest(tensors: Tensors, encoding: Encoding) -> bytes:
         label = name.encode()
         digest.update(struct.pack(">I", len(label)) + label)
         digest.update(struct.pack(f">I{tensor.ndim}I", tensor.ndim, *tensor.shape))
-        values: NDArray[Any] = (
-            bf16(tensor) if encoding == "bf16" else np.ascontiguousarray(tensor, dtype="<f4")
-        )
+        values: NDArray[Any] = bf16(tensor) if encoding == "bf16" else np.ascontiguousarray(tensor, dtype="<f4")
         digest.update(values.tobytes())
     return digest.digest()
 

@@ -77,9 +77,7 @@ class DataOrder:
             epoch += 1
         return found
 
-    def shard(
-        self, round: int, shard: int, *, shards: int, steps: int, batch_size: int
-    ) -> list[list[list[int]]]:
+    def shard(self, round: int, shard: int, *, shards: int, steps: int, batch_size: int) -> list[list[list[int]]]:
         """Per optimizer step, its `batch_size` consecutive sequences."""
         start, stop = shard_range(round, shard, shards=shards, steps=steps, batch_size=batch_size)
         found = self.sequences(start, stop)

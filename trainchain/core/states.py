@@ -46,33 +46,44 @@ class Evaluation(StrEnum):
     DONE = "done"
 
 
-MOVES: dict[StrEnum, frozenset[StrEnum]] = {
-    Job.UNFUNDED: frozenset({Job.OPEN, Job.RUNNING, Job.CANCELLED, Job.EXPIRED}),
-    Job.OPEN: frozenset({Job.RUNNING, Job.UNFUNDED, Job.CANCELLED, Job.EXPIRED}),
-    Job.RUNNING: frozenset({Job.FINISHED, Job.UNFUNDED, Job.CANCELLED, Job.EXPIRED}),
-    Job.FINISHED: frozenset({Job.SETTLED}),
-    Job.CANCELLED: frozenset({Job.SETTLED}),
-    Job.EXPIRED: frozenset({Job.SETTLED}),
-    Job.SETTLED: frozenset({Job.CLOSED}),
-    Job.CLOSED: frozenset(),
-    Round.OPEN: frozenset({Round.MERGING}),
-    Round.MERGING: frozenset({Round.MERGED}),
-    Round.MERGED: frozenset(),
-    Shard.OPEN: frozenset({Shard.LEASED, Shard.CONTRIBUTED, Shard.ABANDONED}),
-    Shard.LEASED: frozenset({Shard.OPEN, Shard.CONTRIBUTED, Shard.ABANDONED}),
-    Shard.CONTRIBUTED: frozenset({Shard.ACCEPTED}),
-    Shard.ACCEPTED: frozenset(),
-    Shard.ABANDONED: frozenset(),
-    Lease.HELD: frozenset({Lease.DONE, Lease.EXPIRED}),
-    Lease.EXPIRED: frozenset({Lease.DONE}),
-    Lease.DONE: frozenset(),
-    Evaluation.OPEN: frozenset({Evaluation.LEASED}),
-    Evaluation.LEASED: frozenset({Evaluation.OPEN, Evaluation.DONE}),
-    Evaluation.DONE: frozenset(),
+MOVES: dict[type[StrEnum], dict[StrEnum, frozenset[StrEnum]]] = {
+    Job: {
+        Job.UNFUNDED: frozenset({Job.OPEN, Job.RUNNING, Job.CANCELLED, Job.EXPIRED}),
+        Job.OPEN: frozenset({Job.RUNNING, Job.UNFUNDED, Job.CANCELLED, Job.EXPIRED}),
+        Job.RUNNING: frozenset({Job.FINISHED, Job.UNFUNDED, Job.CANCELLED, Job.EXPIRED}),
+        Job.FINISHED: frozenset({Job.SETTLED}),
+        Job.CANCELLED: frozenset({Job.SETTLED}),
+        Job.EXPIRED: frozenset({Job.SETTLED}),
+        Job.SETTLED: frozenset({Job.CLOSED}),
+        Job.CLOSED: frozenset(),
+    },
+    Round: {
+        Round.OPEN: frozenset({Round.MERGING}),
+        Round.MERGING: frozenset({Round.MERGED}),
+        Round.MERGED: frozenset(),
+    },
+    Shard: {
+        Shard.OPEN: frozenset({Shard.LEASED, Shard.CONTRIBUTED, Shard.ABANDONED}),
+        Shard.LEASED: frozenset({Shard.OPEN, Shard.CONTRIBUTED, Shard.ABANDONED}),
+        Shard.CONTRIBUTED: frozenset({Shard.ACCEPTED}),
+        Shard.ACCEPTED: frozenset(),
+        Shard.ABANDONED: frozenset(),
+    },
+    Lease: {
+        Lease.HELD: frozenset({Lease.DONE, Lease.EXPIRED}),
+        Lease.EXPIRED: frozenset({Lease.DONE}),
+        Lease.DONE: frozenset(),
+    },
+    Evaluation: {
+        Evaluation.OPEN: frozenset({Evaluation.LEASED}),
+        Evaluation.LEASED: frozenset({Evaluation.OPEN, Evaluation.DONE}),
+        Evaluation.DONE: frozenset(),
+    },
 }
+"""By kind first: equal words of two kinds are equal strings, so one flat table would mix them up."""
 
 
 def check_move(before: StrEnum, after: StrEnum) -> None:
     """Raise ValueError (a bug, not an expected failure) unless `before` may become `after`."""
-    if type(before) is not type(after) or after not in MOVES[before]:
+    if type(before) is not type(after) or after not in MOVES[type(before)][before]:
         raise ValueError(f"{type(before).__name__} cannot move from {before} to {after}")

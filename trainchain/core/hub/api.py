@@ -3,10 +3,10 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -65,9 +65,27 @@ async def parsed(request: Request, model: type[M], cap: int = SMALL_BODY) -> M:
     return parse(model, await body(request, cap), code="http.bad_request", what="The request")
 
 
+async def same_protocol(request: Request) -> None:
+    """Whoever names a protocol version must name ours."""
+    spoken = request.headers.get("trainchain-protocol", str(PROTOCOL))
+    if spoken != str(PROTOCOL):
+        raise TrainChainError(
+            "hub.protocol",
+            f"This hub speaks protocol {PROTOCOL}, not {spoken[:20]}.",
+            hint="pip install --upgrade trainchain",
+        )
+
+
 def create_app(hub: Hub) -> FastAPI:
     """The ASGI application of one hub process."""
-    app = FastAPI(title="TrainChain hub", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="TrainChain hub",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        dependencies=[Depends(same_protocol)],
+    )
     thread = run_in_threadpool
 
     @app.exception_handler(TrainChainError)
@@ -83,16 +101,6 @@ def create_app(hub: Hub) -> FastAPI:
     async def bug(_: Request, error: Exception) -> Response:
         log.error("a request failed", exc_info=error)
         return problem(TrainChainError("hub.failed", "The hub failed on this request; its log has the details."))
-
-    @app.middleware("http")
-    async def same_protocol(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        spoken = request.headers.get("trainchain-protocol", str(PROTOCOL))
-        if spoken != str(PROTOCOL):
-            hint = "pip install --upgrade trainchain"
-            return problem(
-                TrainChainError("hub.protocol", f"This hub speaks protocol {PROTOCOL}, not {spoken[:20]}.", hint=hint)
-            )
-        return await call(request)
 
     async def wallet(request: Request) -> str:
         return await thread(sessions.wallet_of, hub, request.headers.get("authorization"))
@@ -112,7 +120,7 @@ def create_app(hub: Hub) -> FastAPI:
                 rung.clear()
                 found = await thread(look)
                 left = until - loop.time()
-                if found or left <= 0:
+                if found or left <= 0 or hub.bell.closed:
                     return found
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(rung.wait(), min(left, 1.0))

@@ -73,6 +73,8 @@ class Bell:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._listeners: set[Callable[[], None]] = set()
+        self.closed = False
+        """The process is ending: nobody should wait any longer."""
 
     def listen(self, listener: Callable[[], None]) -> None:
         with self._lock:
@@ -81,6 +83,10 @@ class Bell:
     def forget(self, listener: Callable[[], None]) -> None:
         with self._lock:
             self._listeners.discard(listener)
+
+    def close(self) -> None:
+        self.closed = True
+        self.ring()
 
     def ring(self) -> None:
         with self._lock:

@@ -32,7 +32,7 @@ class Steward:
 
     def stop(self) -> None:
         self._stop.set()
-        self._hub.bell.ring()
+        self._hub.bell.close()
         for thread in self._threads:
             thread.join(timeout=10)
 

@@ -1,0 +1,543 @@
+// SPDX-License-Identifier: Apache-2.0
+pragma solidity ^0.8.24;
+
+import {IERC20} from "@openzeppelin/contracts/token/ERC20/IERC20.sol";
+import {IERC20Permit} from "@openzeppelin/contracts/token/ERC20/extensions/IERC20Permit.sol";
+import {SafeERC20} from "@openzeppelin/contracts/token/ERC20/utils/SafeERC20.sol";
+import {EIP712} from "@openzeppelin/contracts/utils/cryptography/EIP712.sol";
+import {MerkleProof} from "@openzeppelin/contracts/utils/cryptography/MerkleProof.sol";
+import {SignatureChecker} from "@openzeppelin/contracts/utils/cryptography/SignatureChecker.sol";
+import {ReentrancyGuardTransient} from "@openzeppelin/contracts/utils/ReentrancyGuardTransient.sol";
+import {SafeCast} from "@openzeppelin/contracts/utils/math/SafeCast.sol";
+
+/// @title Holds the budget of training jobs and pays workers what a job's hub settled.
+/// @notice No admin, no proxy, no upgrade. Amounts are cumulative per job and account: a leaf, a voucher and
+/// `claimedOf` all speak of everything the account was ever owed or paid in that job.
+///
+/// Accounting, per job:
+///   settled  = the last root's total + advances. Reserved for workers; the owner cannot have it back.
+///   claimed  = everything paid out, by leaf or by voucher.
+///   advances = what vouchers paid and no proven leaf has counted yet, summed over `Account.advanced`.
+/// It always holds that claimed <= settled <= funded - refunded.
+///
+/// A voucher takes its money from funded - settled and raises `settled` and `claimed` alike, so settled - claimed,
+/// which is what unclaimed leaves live on, does not change. When an account's leaf is proven, the part of its
+/// advance that this leaf counts leaves `settled` again (it was reserved twice: in the total and as advance).
+/// Anyone may prove it, by `claim` or `claimMany`, also where nothing is left to pay. No order of roots, claims
+/// and vouchers can thus starve a leaf of a root whose leaves sum to its total and never fall, nor pay twice.
+///
+/// Tokens that rebase are not supported. A fee on transfer is: what arrives is what counts.
+contract TrainEscrow is EIP712, ReentrancyGuardTransient {
+    using SafeERC20 for IERC20;
+
+    /// @param activationDelay Seconds before a new root, or a new hub, takes effect; at most `grace`, so that a
+    /// last settlement always finds room before the window closes.
+    /// @param roundCap The most by which one round may raise the total.
+    /// @param specHash sha256 of the resolved recipe.
+    struct JobParams {
+        address token;
+        address hub;
+        uint48 deadline;
+        uint32 grace;
+        uint32 activationDelay;
+        uint128 roundCap;
+        bytes32 specHash;
+        bytes32 salt;
+    }
+
+    struct Job {
+        address owner;
+        uint48 deadline;
+        uint32 grace;
+        bool halted;
+        address hub;
+        uint64 round;
+        uint32 activationDelay;
+        address token;
+        uint48 pendingAt;
+        uint48 nextHubAt;
+        address nextHub;
+        uint128 funded;
+        uint128 refunded;
+        uint128 settled;
+        uint128 claimed;
+        uint128 total;
+        uint128 roundCap;
+        bytes32 root;
+        bytes32 pendingRoot;
+        bytes32 specHash;
+    }
+
+    /// @param claimed Everything the account was paid in the job.
+    /// @param advanced The part of it that vouchers paid and no proven leaf has counted yet.
+    struct Account {
+        uint128 claimed;
+        uint128 advanced;
+    }
+
+    struct ClaimItem {
+        bytes32 jobId;
+        address account;
+        uint128 cumulative;
+        bytes32[] proof;
+    }
+
+    struct ClaimToParams {
+        bytes32 jobId;
+        address account;
+        address to;
+        uint128 cumulative;
+        uint128 tip;
+        uint48 validUntil;
+    }
+
+    bytes32 private constant SETTLEMENT_TYPEHASH =
+        keccak256("Settlement(bytes32 jobId,uint64 round,bytes32 root,uint128 total,bytes32 dataHash)");
+    bytes32 private constant VOUCHER_TYPEHASH = keccak256("Voucher(bytes32 jobId,address account,uint128 cumulative)");
+    bytes32 private constant CLAIM_TO_TYPEHASH = keccak256(
+        "ClaimTo(bytes32 jobId,address account,address to,uint128 cumulative,uint128 tip,uint48 validUntil)"
+    );
+    bytes32 private constant CLOSE_EARLY_TYPEHASH = keccak256("CloseEarly(bytes32 jobId)");
+
+    mapping(bytes32 jobId => Job) private _jobs;
+    mapping(bytes32 jobId => mapping(address account => Account)) private _accounts;
+
+    event JobCreated(
+        bytes32 indexed jobId,
+        address indexed owner,
+        address indexed token,
+        address hub,
+        uint128 amount,
+        uint48 deadline,
+        bytes32 specHash
+    );
+    event Funded(bytes32 indexed jobId, address indexed from, uint128 amount);
+    event Settled(
+        bytes32 indexed jobId, uint64 indexed round, bytes32 root, uint128 total, bytes32 dataHash, uint48 activeAt
+    );
+    event Claimed(bytes32 indexed jobId, address indexed account, address to, uint128 amount, uint128 cumulative);
+    event ClaimSkipped(bytes32 indexed jobId, address indexed account, bytes4 reason);
+    event VoucherRedeemed(bytes32 indexed jobId, address indexed account, uint128 amount, uint128 cumulative);
+    event AdvanceCounted(bytes32 indexed jobId, address indexed account, uint128 amount);
+    event Reclaimed(bytes32 indexed jobId, address indexed owner, uint128 amount);
+    event Halted(bytes32 indexed jobId, uint48 deadline);
+    event HubProposed(bytes32 indexed jobId, address hub, uint48 activeAt);
+    event Closed(bytes32 indexed jobId, uint48 deadline);
+
+    error JobExists(bytes32 jobId);
+    error NoSuchJob(bytes32 jobId);
+    error NotOwner(address caller, address owner);
+    error NotHub(address caller, address hub);
+    error NotAParty(address caller, address owner, address hub);
+    error BadSignature(address signer);
+    error BadToken(address token);
+    error BadHub(address hub);
+    error BadDeadline(uint48 deadline, uint256 time);
+    error BadDelay(uint32 activationDelay, uint32 grace);
+    error BadRoot(bytes32 root);
+    error BadRecipient(address to);
+    error DeadlinePassed(uint48 deadline, uint256 time);
+    error WindowClosed(uint256 closedAfter, uint256 time);
+    error TooEarly(uint256 opensAfter, uint256 time);
+    error Expired(uint48 validUntil, uint256 time);
+    error JobHalted(bytes32 jobId);
+    error RootPending(uint48 activeAt, uint256 time);
+    error RoundNotNew(uint64 round, uint64 lastRound);
+    error TotalFell(uint128 total, uint128 lastTotal);
+    error RoundCapExceeded(uint256 raised, uint256 cap);
+    error NotCovered(uint256 needed, uint256 available);
+    error BadProof(address account, uint128 cumulative);
+    error NothingToClaim(address account, uint128 claimed);
+    error NothingToReclaim(bytes32 jobId);
+    error TipTooHigh(uint128 tip, uint128 amount);
+    error TransferFailed(address token, address to);
+
+    constructor() EIP712("TrainChain", "1") {}
+
+    /// @notice Open a job and pay `amount` into it. `p.salt` makes the id; the same owner and salt only work once.
+    function createJob(JobParams calldata p, uint128 amount) external nonReentrant returns (bytes32 jobId) {
+        return _create(p, amount);
+    }
+
+    /// @notice As `createJob`, with the token's permit for `amount`. A permit that fails (spent by a front-runner,
+    /// or the token has none) is ignored: the allowance then decides.
+    function createJobWithPermit(
+        JobParams calldata p,
+        uint128 amount,
+        uint256 permitDeadline,
+        uint8 v,
+        bytes32 r,
+        bytes32 s
+    ) external nonReentrant returns (bytes32 jobId) {
+        _tryPermit(p.token, amount, permitDeadline, v, r, s);
+        return _create(p, amount);
+    }
+
+    /// @notice Add to a job's budget until its deadline. Anyone may; what is left over goes to the owner.
+    function fund(bytes32 jobId, uint128 amount) external nonReentrant {
+        _fund(jobId, amount);
+    }
+
+    function fundWithPermit(bytes32 jobId, uint128 amount, uint256 permitDeadline, uint8 v, bytes32 r, bytes32 s)
+        external
+        nonReentrant
+    {
+        _tryPermit(_job(jobId).token, amount, permitDeadline, v, r, s);
+        _fund(jobId, amount);
+    }
+
+    /// @notice Take no new root from now on. What was settled, pending or active, stays claimable; vouchers stay
+    /// redeemable, and the grace time runs from now.
+    function halt(bytes32 jobId) external {
+        Job storage j = _owned(jobId);
+        if (j.halted) revert JobHalted(jobId);
+        j.halted = true;
+        if (block.timestamp < j.deadline) j.deadline = uint48(block.timestamp);
+        emit Halted(jobId, j.deadline);
+    }
+
+    /// @notice Name another hub. It takes over, and the old one's unredeemed vouchers lapse, after the delay.
+    /// Naming the present hub takes a proposal back.
+    function proposeHub(bytes32 jobId, address hub) external {
+        Job storage j = _owned(jobId);
+        if (hub == address(0)) revert BadHub(hub);
+        j.hub = _hubOf(j);
+        j.nextHub = hub;
+        j.nextHubAt = SafeCast.toUint48(block.timestamp + j.activationDelay);
+        emit HubProposed(jobId, hub, j.nextHubAt);
+    }
+
+    /// @notice Owner or hub sets the deadline to now, with the other's CloseEarly signature. The grace time runs.
+    function closeEarly(bytes32 jobId, bytes calldata otherSig) external {
+        Job storage j = _job(jobId);
+        (address owner, address hub) = (j.owner, _hubOf(j));
+        if (msg.sender != owner && msg.sender != hub) revert NotAParty(msg.sender, owner, hub);
+        if (block.timestamp > j.deadline) revert DeadlinePassed(j.deadline, block.timestamp);
+        bytes32 structHash = keccak256(abi.encode(CLOSE_EARLY_TYPEHASH, jobId));
+        _checkSignature(msg.sender == owner ? hub : owner, structHash, otherSig);
+        j.deadline = uint48(block.timestamp);
+        emit Closed(jobId, j.deadline);
+    }
+
+    /// @notice Give the owner what was never settled, once no settlement or voucher can come any more.
+    function reclaim(bytes32 jobId) external nonReentrant returns (uint128 amount) {
+        Job storage j = _owned(jobId);
+        uint256 end = uint256(j.deadline) + j.grace;
+        if (block.timestamp <= end) revert TooEarly(end, block.timestamp);
+        amount = _free(j);
+        if (amount == 0) revert NothingToReclaim(jobId);
+        j.refunded += amount;
+        emit Reclaimed(jobId, msg.sender, amount);
+        IERC20(j.token).safeTransfer(msg.sender, amount);
+    }
+
+    /// @notice Record a round's root. `total` is the sum of its leaves; leaves are cumulative and never fall.
+    function settle(bytes32 jobId, uint64 round, bytes32 root, uint128 total, bytes32 dataHash) external {
+        Job storage j = _job(jobId);
+        address hub = _hubOf(j);
+        if (msg.sender != hub) revert NotHub(msg.sender, hub);
+        _settle(j, jobId, round, root, total, dataHash);
+    }
+
+    /// @notice As `settle`, sent by anyone with the hub's Settlement signature.
+    function settleWithSignature(
+        bytes32 jobId,
+        uint64 round,
+        bytes32 root,
+        uint128 total,
+        bytes32 dataHash,
+        bytes calldata hubSig
+    ) external {
+        Job storage j = _job(jobId);
+        bytes32 structHash = keccak256(abi.encode(SETTLEMENT_TYPEHASH, jobId, round, root, total, dataHash));
+        _checkSignature(_hubOf(j), structHash, hubSig);
+        _settle(j, jobId, round, root, total, dataHash);
+    }
+
+    /// @notice Pay `account` what its leaf of the active root holds beyond what it was paid. Anyone may call.
+    function claim(bytes32 jobId, address account, uint128 cumulative, bytes32[] calldata proof)
+        external
+        nonReentrant
+        returns (uint128 paid)
+    {
+        Job storage j = _job(jobId);
+        paid = _book(j, jobId, account, cumulative, proof);
+        if (paid != 0) {
+            emit Claimed(jobId, account, account, paid, cumulative);
+            IERC20(j.token).safeTransfer(account, paid);
+        }
+    }
+
+    /// @notice As `claim` for many. An item that cannot be paid is skipped with the selector of the reason.
+    function claimMany(ClaimItem[] calldata items) external nonReentrant returns (uint128[] memory paid) {
+        paid = new uint128[](items.length);
+        for (uint256 i = 0; i < items.length; ++i) {
+            paid[i] = _claimOrSkip(items[i]);
+        }
+    }
+
+    /// @notice Pay `account`'s leaf to another address, with the account's ClaimTo signature; `tip` goes to the
+    /// caller.
+    function claimTo(ClaimToParams calldata p, bytes32[] calldata proof, bytes calldata accountSig)
+        external
+        nonReentrant
+        returns (uint128 paid)
+    {
+        if (block.timestamp > p.validUntil) revert Expired(p.validUntil, block.timestamp);
+        if (p.to == address(0)) revert BadRecipient(p.to);
+        Job storage j = _job(p.jobId);
+        bytes32 structHash = keccak256(
+            abi.encode(CLAIM_TO_TYPEHASH, p.jobId, p.account, p.to, p.cumulative, p.tip, p.validUntil)
+        );
+        _checkSignature(p.account, structHash, accountSig);
+        paid = _book(j, p.jobId, p.account, p.cumulative, proof);
+        if (paid == 0) revert NothingToClaim(p.account, _accounts[p.jobId][p.account].claimed);
+        if (p.tip > paid) revert TipTooHigh(p.tip, paid);
+        emit Claimed(p.jobId, p.account, p.to, paid, p.cumulative);
+        IERC20(j.token).safeTransfer(p.to, paid - p.tip);
+        if (p.tip != 0) IERC20(j.token).safeTransfer(msg.sender, p.tip);
+    }
+
+    /// @notice Pay `account` up to the hub's signed promise, from what is not settled; all of it or nothing.
+    /// Claim the leaf first: money that a leaf holds is otherwise reserved twice until the leaf is proven.
+    function redeemVoucher(bytes32 jobId, address account, uint128 cumulative, bytes calldata hubSig)
+        external
+        nonReentrant
+        returns (uint128 paid)
+    {
+        Job storage j = _job(jobId);
+        _checkWindow(j);
+        _checkSignature(_hubOf(j), keccak256(abi.encode(VOUCHER_TYPEHASH, jobId, account, cumulative)), hubSig);
+        Account storage a = _accounts[jobId][account];
+        if (cumulative <= a.claimed) revert NothingToClaim(account, a.claimed);
+        paid = cumulative - a.claimed;
+        uint128 free = _free(j);
+        if (paid > free) revert NotCovered(paid, free);
+        a.claimed = cumulative;
+        a.advanced += paid;
+        j.settled += paid;
+        j.claimed += paid;
+        emit VoucherRedeemed(jobId, account, paid, cumulative);
+        IERC20(j.token).safeTransfer(account, paid);
+    }
+
+    function jobIdOf(address owner, bytes32 salt) public view returns (bytes32) {
+        return keccak256(abi.encode(block.chainid, address(this), owner, salt));
+    }
+
+    /// @notice The job as a call at this moment would find it: a ripe root or hub shows as the present one.
+    function job(bytes32 jobId) external view returns (Job memory j) {
+        j = _job(jobId);
+        if (block.timestamp >= j.nextHubAt && j.nextHub != address(0)) {
+            (j.hub, j.nextHub, j.nextHubAt) = (j.nextHub, address(0), 0);
+        }
+        if (block.timestamp >= j.pendingAt && j.pendingRoot != bytes32(0)) {
+            (j.root, j.pendingRoot, j.pendingAt) = (j.pendingRoot, bytes32(0), 0);
+        }
+    }
+
+    function claimedOf(bytes32 jobId, address account) external view returns (uint128) {
+        return _accounts[jobId][account].claimed;
+    }
+
+    /// @notice What vouchers paid the account that no proven leaf has counted yet.
+    function advancedOf(bytes32 jobId, address account) external view returns (uint128) {
+        return _accounts[jobId][account].advanced;
+    }
+
+    function settlementDigest(bytes32 jobId, uint64 round, bytes32 root, uint128 total, bytes32 dataHash)
+        external
+        view
+        returns (bytes32)
+    {
+        return _hashTypedDataV4(keccak256(abi.encode(SETTLEMENT_TYPEHASH, jobId, round, root, total, dataHash)));
+    }
+
+    function voucherDigest(bytes32 jobId, address account, uint128 cumulative) external view returns (bytes32) {
+        return _hashTypedDataV4(keccak256(abi.encode(VOUCHER_TYPEHASH, jobId, account, cumulative)));
+    }
+
+    function _create(JobParams calldata p, uint128 amount) private returns (bytes32 jobId) {
+        jobId = jobIdOf(msg.sender, p.salt);
+        Job storage j = _jobs[jobId];
+        if (j.owner != address(0)) revert JobExists(jobId);
+        if (p.token.code.length == 0) revert BadToken(p.token);
+        if (p.hub == address(0)) revert BadHub(p.hub);
+        if (p.deadline <= block.timestamp) revert BadDeadline(p.deadline, block.timestamp);
+        if (p.activationDelay > p.grace) revert BadDelay(p.activationDelay, p.grace);
+        j.owner = msg.sender;
+        j.deadline = p.deadline;
+        j.grace = p.grace;
+        j.hub = p.hub;
+        j.activationDelay = p.activationDelay;
+        j.token = p.token;
+        j.roundCap = p.roundCap;
+        j.specHash = p.specHash;
+        uint128 received = _pull(p.token, amount);
+        j.funded = received;
+        emit JobCreated(jobId, msg.sender, p.token, p.hub, received, p.deadline, p.specHash);
+    }
+
+    function _fund(bytes32 jobId, uint128 amount) private {
+        Job storage j = _job(jobId);
+        if (block.timestamp > j.deadline) revert DeadlinePassed(j.deadline, block.timestamp);
+        uint128 received = _pull(j.token, amount);
+        j.funded += received;
+        emit Funded(jobId, msg.sender, received);
+    }
+
+    function _pull(address token, uint128 amount) private returns (uint128) {
+        if (amount == 0) return 0;
+        uint256 before = IERC20(token).balanceOf(address(this));
+        IERC20(token).safeTransferFrom(msg.sender, address(this), amount);
+        return SafeCast.toUint128(IERC20(token).balanceOf(address(this)) - before);
+    }
+
+    function _tryPermit(address token, uint256 amount, uint256 deadline, uint8 v, bytes32 r, bytes32 s) private {
+        // A low-level call: a token without permit, or none at all, must not revert here.
+        bytes memory data =
+            abi.encodeCall(IERC20Permit.permit, (msg.sender, address(this), amount, deadline, v, r, s));
+        (bool ok,) = token.call(data);
+        ok;
+    }
+
+    function _settle(Job storage j, bytes32 jobId, uint64 round, bytes32 root, uint128 total, bytes32 dataHash)
+        private
+    {
+        _checkWindow(j);
+        if (j.halted) revert JobHalted(jobId);
+        if (root == bytes32(0)) revert BadRoot(root);
+        if (round <= j.round) revert RoundNotNew(round, j.round);
+        if (total < j.total) revert TotalFell(total, j.total);
+        // An unripe root is never replaced: a hub that settles often could put off every root for ever.
+        if (block.timestamp < j.pendingAt) revert RootPending(j.pendingAt, block.timestamp);
+        uint128 raised = total - j.total;
+        uint256 cap = uint256(j.roundCap) * (round - j.round);
+        if (raised > cap) revert RoundCapExceeded(raised, cap);
+        uint128 free = _free(j);
+        if (raised > free) revert NotCovered(raised, free);
+
+        uint48 activeAt = SafeCast.toUint48(block.timestamp + j.activationDelay);
+        if (j.activationDelay == 0) {
+            j.root = root;
+        } else {
+            if (j.pendingRoot != bytes32(0)) j.root = j.pendingRoot;
+            j.pendingRoot = root;
+            j.pendingAt = activeAt;
+        }
+        j.round = round;
+        j.total = total;
+        j.settled += raised;
+        emit Settled(jobId, round, root, total, dataHash, activeAt);
+    }
+
+    function _claimOrSkip(ClaimItem calldata item) private returns (uint128 paid) {
+        Job storage j = _jobs[item.jobId];
+        Account storage a = _accounts[item.jobId][item.account];
+        uint128 counted;
+        bytes4 reason;
+        (paid, counted, reason) = _owed(j, a, item.account, item.cumulative, item.proof);
+        if (reason == bytes4(0) && paid != 0) {
+            Account memory before = a;
+            (uint128 settled, uint128 claimed) = (j.settled, j.claimed);
+            _write(j, a, paid, counted);
+            if (IERC20(j.token).trySafeTransfer(item.account, paid)) {
+                emit Claimed(item.jobId, item.account, item.account, paid, item.cumulative);
+            } else {
+                (a.claimed, a.advanced) = (before.claimed, before.advanced);
+                (j.settled, j.claimed) = (settled, claimed);
+                reason = TransferFailed.selector;
+            }
+        } else if (reason == bytes4(0)) {
+            _write(j, a, 0, counted);
+        }
+        if (reason != bytes4(0)) {
+            emit ClaimSkipped(item.jobId, item.account, reason);
+            return 0;
+        }
+        if (counted != 0) emit AdvanceCounted(item.jobId, item.account, counted);
+    }
+
+    /// Check a leaf and write down its payment. Returns 0 where only an advance was counted.
+    function _book(Job storage j, bytes32 jobId, address account, uint128 cumulative, bytes32[] calldata proof)
+        private
+        returns (uint128 paid)
+    {
+        Account storage a = _accounts[jobId][account];
+        uint128 counted;
+        bytes4 reason;
+        (paid, counted, reason) = _owed(j, a, account, cumulative, proof);
+        if (reason == BadProof.selector) revert BadProof(account, cumulative);
+        if (reason == NothingToClaim.selector) revert NothingToClaim(account, a.claimed);
+        if (reason == NotCovered.selector) revert NotCovered(cumulative - a.claimed, j.settled - j.claimed);
+        _write(j, a, paid, counted);
+        if (counted != 0) emit AdvanceCounted(jobId, account, counted);
+    }
+
+    function _write(Job storage j, Account storage a, uint128 paid, uint128 counted) private {
+        a.claimed += paid;
+        a.advanced -= counted;
+        j.claimed += paid;
+        j.settled -= counted;
+    }
+
+    /// What a leaf pays, and how much of the account's advance it counts; or why neither.
+    function _owed(
+        Job storage j,
+        Account storage a,
+        address account,
+        uint128 cumulative,
+        bytes32[] calldata proof
+    ) private view returns (uint128 paid, uint128 counted, bytes4 reason) {
+        bytes32 root = _rootOf(j);
+        bytes32 leaf = keccak256(bytes.concat(keccak256(abi.encode(account, uint256(cumulative)))));
+        if (root == bytes32(0) || !MerkleProof.verifyCalldata(proof, root, leaf)) {
+            return (0, 0, BadProof.selector);
+        }
+        (uint128 claimed, uint128 advanced) = (a.claimed, a.advanced);
+        if (cumulative > claimed) paid = cumulative - claimed;
+        uint128 room = j.settled - j.claimed;
+        // Only a root whose leaves sum to more than its total gets here; the cap protects other jobs' money.
+        if (paid > room) return (0, 0, NotCovered.selector);
+        uint128 byLeaf = claimed - advanced;
+        if (cumulative > byLeaf) counted = _min(_min(cumulative - byLeaf, advanced), room - paid);
+        if (paid == 0 && counted == 0) reason = NothingToClaim.selector;
+    }
+
+    function _min(uint128 a, uint128 b) private pure returns (uint128) {
+        return a < b ? a : b;
+    }
+
+    function _job(bytes32 jobId) private view returns (Job storage j) {
+        j = _jobs[jobId];
+        if (j.owner == address(0)) revert NoSuchJob(jobId);
+    }
+
+    function _owned(bytes32 jobId) private view returns (Job storage j) {
+        j = _job(jobId);
+        if (msg.sender != j.owner) revert NotOwner(msg.sender, j.owner);
+    }
+
+    function _hubOf(Job storage j) private view returns (address) {
+        return j.nextHub != address(0) && block.timestamp >= j.nextHubAt ? j.nextHub : j.hub;
+    }
+
+    function _rootOf(Job storage j) private view returns (bytes32) {
+        return j.pendingRoot != bytes32(0) && block.timestamp >= j.pendingAt ? j.pendingRoot : j.root;
+    }
+
+    function _free(Job storage j) private view returns (uint128) {
+        return j.funded - j.refunded - j.settled;
+    }
+
+    function _checkWindow(Job storage j) private view {
+        uint256 end = uint256(j.deadline) + j.grace;
+        if (block.timestamp > end) revert WindowClosed(end, block.timestamp);
+    }
+
+    function _checkSignature(address signer, bytes32 structHash, bytes calldata signature) private view {
+        if (!SignatureChecker.isValidSignatureNow(signer, _hashTypedDataV4(structHash), signature)) {
+            revert BadSignature(signer);
+        }
+    }
+}

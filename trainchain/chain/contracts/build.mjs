@@ -1,0 +1,83 @@
+// Compiles the contracts beside this file into artifacts/. With --check it writes nothing and fails on a difference.
+import { createHash } from "node:crypto";
+import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { createRequire } from "node:module";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+
+const here = dirname(fileURLToPath(import.meta.url));
+const require = createRequire(import.meta.url);
+const solc = require("solc");
+const names = ["TrainEscrow", "TrainToken"];
+
+// No metadata hash in the bytecode, so that the same source gives the same bytes on every machine.
+const settings = {
+  optimizer: { enabled: true, runs: 10000 },
+  evmVersion: "cancun",
+  metadata: { bytecodeHash: "none" },
+};
+const outputs = ["abi", "evm.bytecode.object", "evm.deployedBytecode.object", "evm.deployedBytecode.immutableReferences"];
+
+const sources = {};
+const read = (path) => readFileSync(path, "utf8").replace(/\r\n/g, "\n");
+for (const name of names) sources[`${name}.sol`] = { content: read(join(here, `${name}.sol`)) };
+
+// Every file that went into a contract counts for its source hash, the libraries' too.
+const imported = {};
+const findImport = (path) => {
+  try {
+    imported[path] = read(require.resolve(path));
+    return { contents: imported[path] };
+  } catch {
+    return { error: `${path} was not found; run npm install` };
+  }
+};
+
+const input = {
+  language: "Solidity",
+  sources,
+  settings: { ...settings, outputSelection: { "*": { "*": outputs } } },
+};
+const output = JSON.parse(solc.compile(JSON.stringify(input), { import: findImport }));
+// A library's own warnings are not ours to mend.
+const problems = (output.errors ?? []).filter(
+  (problem) => problem.severity === "error" || problem.sourceLocation?.file in sources,
+);
+for (const problem of problems) console.error(problem.formattedMessage);
+if (problems.length > 0) process.exit(1);
+
+const sha256 = (text) => createHash("sha256").update(text).digest("hex");
+const libraries = Object.keys(imported).sort().map((path) => `${path}:${sha256(imported[path])}`);
+
+let stale = 0;
+for (const name of names) {
+  const { abi, evm } = output.contracts[`${name}.sol`][name];
+  const own = sources[`${name}.sol`].content;
+  // The ids of syntax tree nodes mean nothing outside one compilation; only the places do.
+  const immutables = Object.values(evm.deployedBytecode.immutableReferences).flat();
+  const artifact = {
+    contract: name,
+    solc: solc.version(),
+    settings,
+    sourceHash: sha256([`${name}.sol:${sha256(own)}`, ...libraries].join("\n")),
+    immutableReferences: immutables.sort((a, b) => a.start - b.start),
+    bytecode: `0x${evm.bytecode.object}`,
+    deployedBytecode: `0x${evm.deployedBytecode.object}`,
+    abi,
+  };
+  const path = join(here, "artifacts", `${name}.json`);
+  const text = `${JSON.stringify(artifact, null, 1)}\n`;
+  if (process.argv.includes("--check")) {
+    const found = existsSync(path) ? JSON.parse(read(path)) : {};
+    const keys = Object.keys(artifact).filter((key) => JSON.stringify(found[key]) !== JSON.stringify(artifact[key]));
+    if (keys.length > 0) {
+      console.error(`artifacts/${name}.json differs from its source in: ${keys.join(", ")}. Run node build.mjs.`);
+      stale = 1;
+    }
+  } else {
+    mkdirSync(dirname(path), { recursive: true });
+    writeFileSync(path, text);
+  }
+  console.log(`${name}: ${evm.deployedBytecode.object.length / 2} bytes of code`);
+}
+process.exit(stale);
