@@ -80,7 +80,13 @@ def run(recipe_path: Path, state: Path, workers: int, output: Path | None, out: 
         pulled = owner.fetch(client, job_id, target)
         escrow = _escrow(client, job_id)
         memory.forget()
-    document = _document(plan, view, claims, pulled, escrow, clock, workers, state)
+    document = _document(view, claims, pulled, escrow, clock, workers, state)
+    document["bytes"] = {
+        "up": sum(up for up, _ in fleet.traffic.values()),
+        "down": sum(down for _, down in fleet.traffic.values()),
+        "base_and_data": sum(ref.size for ref in plan.resolved.files()),
+        "adapter": plan.resolved.lora.initial.size,
+    }
     _say(document, out)
     return document
 
@@ -162,7 +168,8 @@ class _Fleet:
     ) -> None:
         threads = max(1, (os.cpu_count() or 1) // workers)
         self.homes = [state / f"worker-{number}" for number in range(1, workers + 1)]
-        self.training = 0.0
+        self.traffic: dict[str, tuple[int, int]] = {}
+        """Bytes up and down by worker, until its last accepted shard."""
         self._progress = progress
         self._failures: list[TrainChainError] = []
         self._lock = threading.Lock()
@@ -180,12 +187,12 @@ class _Fleet:
             for line in process.stdout:
                 event = json.loads(line)
                 with self._lock:
-                    self._note(event)
+                    self._note(name, event)
                 self._progress.worker(name, event)
 
-    def _note(self, event: dict[str, Any]) -> None:
+    def _note(self, name: str, event: dict[str, Any]) -> None:
         if event.get("event") == "accepted":
-            self.training += float(event["train_seconds"])
+            self.traffic[name] = (int(event["bytes_up"]), int(event["bytes_down"]))
             self._failures.clear()
         elif event.get("event") == "failed":
             if self._failures and self._failures[-1].code != event["code"]:
@@ -257,7 +264,6 @@ def _escrow(client: HubClient, job_id: str) -> dict[str, str]:
 
 
 def _document(
-    plan: owner.Plan,
     view: dict[str, Any],
     claims: list[dict[str, Any]],
     pulled: dict[str, Any],
@@ -314,7 +320,6 @@ def _document(
             "chain": round(clock.chain, 2),
             "waiting": round(max(0.0, wall - training - merging - clock.chain), 2),
         },
-        "tokens_planned": sum(counts.tokens for row in plan.resolved.counts for counts in row),
     }
 
 

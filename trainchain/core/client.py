@@ -46,6 +46,7 @@ class HubClient:
         self.address = address
         self.sent = 0
         self.received = 0
+        """Bytes of request and answer bodies so far."""
         self._sign_in = sign_in
         self.attempts = attempts
         self._sleep = sleep
@@ -105,10 +106,10 @@ class HubClient:
         with self._stream(f"/v1/objects/{digest}") as chunks, data_path.open("wb") as file:
             for chunk in chunks:
                 received += len(chunk)
+                self.received += len(chunk)
                 if size is not None and received > size:
                     raise TrainChainError("object.digest", f"The hub sent more than the {size} bytes of {digest}.")
                 file.write(chunk)
-        self.received += received
         if (found := sha256_file(data_path)) != digest:
             data_path.unlink()
             raise TrainChainError(
@@ -123,7 +124,6 @@ class HubClient:
         data = self._request("GET", f"/v1/objects/{digest}", signed=self._sign_in is not None).content
         if len(data) > cap or sha256(data) != digest:
             raise TrainChainError("object.digest", f"The hub sent other bytes than {digest}.")
-        self.received += len(data)
         return data
 
     def _document(self, answer: httpx.Response) -> dict[str, Any]:
@@ -168,8 +168,9 @@ class HubClient:
                 payload = content() if content else None
                 request = self._http.build_request(method, self.url + path, headers=extra, content=payload, **options)
                 answer = self._http.send(request, stream=stream)
-                if answer.status_code >= 400:
-                    answer.read()
+                self.sent += 0 if content else len(request.content)
+                if not stream or answer.status_code >= 400:
+                    self.received += len(answer.read())
             except (httpx.TransportError, OSError) as error:
                 failure = str(error) or type(error).__name__
                 continue

@@ -195,7 +195,9 @@ class Worker:
             tokens=result["tokens"],
             train_seconds=result["seconds"],
             seconds=seconds,
-            bytes=delta.stat().st_size,
+            delta_bytes=delta.stat().st_size,
+            bytes_up=self._client.sent,
+            bytes_down=self._client.received,
             receipt=str(path),
         )
 
