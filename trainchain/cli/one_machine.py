@@ -26,6 +26,8 @@ READY_SECONDS = 90.0
 LOOK_SECONDS = 0.5
 SAME_FAILURES = 6
 """So many failures in a row, all with one code and with nothing accepted between, and the run ends with that code."""
+Document = dict[str, Any]
+
 ENDED = ("finished", "settled", "closed", "expired", "cancelled")
 
 
@@ -45,15 +47,18 @@ class Clock:
             self.chain += time.monotonic() - start
 
 
-def run(recipe_path: Path, state: Path, workers: int, output: Path | None, out: Output) -> dict[str, Any]:
-    """Run a recipe to its end; returns the document of `run --json`. All children end with this process."""
+def run(recipe_path: Path, keep: Path | None, home: Path, workers: int, output: Path | None, out: Output) -> Document:
+    """Run a recipe to its end; returns the document of `run --json`. All children end with this process.
+
+    Hub, chain and wallets lie in `keep`, else under `home` by the recipe's name.
+    """
     from trainchain.core.settings import Settings, private_folder
 
     clock = Clock()
     plan = owner.resolve(recipe_path)
     out.note(plan.describe())
     target = output or Path(f"{plan.resolved.name}-lora")
-    private_folder(state)
+    state = private_folder((keep or home / "runs" / plan.resolved.name).absolute())
     memory = _Memory(state / "run.json", plan.resolved.spec_hash)
     with contextlib.ExitStack() as stack:
         hub_url = _start_hub(stack, state, memory)
@@ -70,6 +75,7 @@ def run(recipe_path: Path, state: Path, workers: int, output: Path | None, out: 
         client = wiring.hub_client(settings, wiring.open_wallet(settings, out))
         view = _watch(client, job_id, fleet, progress)
         if view["state"] in ("expired", "cancelled"):
+            memory.forget()
             raise TrainChainError("job.ended_badly", f"Job {job_id[:12]} is {view['state']}.")
         with clock.on_chain():
             view = _wait_settled(client, job_id, view)
@@ -133,7 +139,7 @@ def _start_hub(stack: contextlib.ExitStack, state: Path, memory: _Memory) -> str
     raise TrainChainError("hub.failed", "The hub did not start.", hint=f"Its last words are in {state / 'hub.log'}.")
 
 
-def _first_line(process: subprocess.Popen[str]) -> dict[str, Any]:
+def _first_line(process: subprocess.Popen[str]) -> Document:
     assert process.stdout is not None
     watchdog = threading.Timer(READY_SECONDS, process.kill)
     watchdog.start()
@@ -190,7 +196,7 @@ class _Fleet:
                     self._note(name, event)
                 self._progress.worker(name, event)
 
-    def _note(self, name: str, event: dict[str, Any]) -> None:
+    def _note(self, name: str, event: Document) -> None:
         if event.get("event") == "accepted":
             self.traffic[name] = (int(event["bytes_up"]), int(event["bytes_down"]))
             self._failures.clear()
@@ -214,7 +220,7 @@ class _Fleet:
             parent.stop(process)
 
 
-def _watch(client: HubClient, job_id: str, fleet: _Fleet, progress: Progress) -> dict[str, Any]:
+def _watch(client: HubClient, job_id: str, fleet: _Fleet, progress: Progress) -> Document:
     """Follow the job to its end."""
     while True:
         view = client.get(f"/v1/jobs/{job_id}")
@@ -225,16 +231,23 @@ def _watch(client: HubClient, job_id: str, fleet: _Fleet, progress: Progress) ->
         time.sleep(LOOK_SECONDS)
 
 
-def _wait_settled(client: HubClient, job_id: str, view: dict[str, Any]) -> dict[str, Any]:
+def _wait_settled(client: HubClient, job_id: str, view: Document, seconds: float = 300.0) -> Document:
+    until = time.monotonic() + seconds
     while view["state"] not in ("settled", "closed"):
+        if time.monotonic() > until:
+            raise TrainChainError(
+                "job.not_ready",
+                f"Job {job_id[:12]} has finished, but is not settled on chain after {seconds:.0f} s.",
+                hint="Read hub.log in the folder of --keep; the same command goes on from here.",
+            )
         time.sleep(LOOK_SECONDS / 5)
         view = client.get(f"/v1/jobs/{job_id}")
     return view
 
 
 def _wait_measured(
-    client: HubClient, job_id: str, view: dict[str, Any], progress: Progress, seconds: float = 300.0
-) -> dict[str, Any]:
+    client: HubClient, job_id: str, view: Document, progress: Progress, seconds: float = 300.0
+) -> Document:
     """Wait for the held-out losses that the hub's child still measures; they are worth minutes, not for ever."""
     until = time.monotonic() + seconds
     while any(row["state"] != "done" for row in view["evaluations"]) and time.monotonic() < until:
@@ -244,7 +257,7 @@ def _wait_measured(
     return view
 
 
-def _claim(home: Path, hub_url: str, out: Output) -> dict[str, Any]:
+def _claim(home: Path, hub_url: str, out: Output) -> Document:
     from trainchain.core.settings import Settings
 
     settings = Settings(home, hub_url)
@@ -264,14 +277,14 @@ def _escrow(client: HubClient, job_id: str) -> dict[str, str]:
 
 
 def _document(
-    view: dict[str, Any],
-    claims: list[dict[str, Any]],
-    pulled: dict[str, Any],
+    view: Document,
+    claims: list[Document],
+    pulled: Document,
     escrow: dict[str, str],
     clock: Clock,
     workers: int,
     state: Path,
-) -> dict[str, Any]:
+) -> Document:
     shards = [shard for row in view["rounds_done"] for shard in row["shards"]]
     training = sum(shard.get("seconds", 0.0) for shard in shards) / workers
     merging = sum(row["merge_seconds"] or 0.0 for row in view["rounds_done"])
@@ -323,7 +336,7 @@ def _document(
     }
 
 
-def _say(document: dict[str, Any], out: Output) -> None:
+def _say(document: Document, out: Output) -> None:
     seconds = document["seconds"]
     before, after = document["loss_before"], document["loss_after"]
     if before is not None and after is not None:

@@ -236,9 +236,10 @@ def _upload(client: HubClient, plan: Plan, job_id: str, missing: list[str], sett
     initial = private_folder(settings.home / "submissions") / f"{plan.resolved.lora.initial.sha256}.safetensors"
     initial.write_bytes(plan.initial)
     files = {**plan.files, plan.resolved.lora.initial.sha256: initial}
+    refs = {ref.sha256: ref for ref in plan.resolved.files()}
     try:
         for number, digest in enumerate(missing, 1):
-            out.note(f"upload   {number}/{len(missing)}  {files[digest].name}  {files[digest].stat().st_size:,} bytes")
+            out.note(f"upload   {number}/{len(missing)}  {refs[digest].name}  {refs[digest].size:,} bytes")
             client.upload(f"/v1/jobs/{job_id}/objects/{digest}", files[digest])
     finally:
         initial.unlink()

@@ -32,6 +32,5 @@ def run(
     from trainchain.core.settings import Settings
 
     out = Output(json_mode=json_)
-    state = keep or Settings.load(home).home / "runs" / recipe.resolve().parent.name
-    document = one_machine.run(recipe, state.absolute(), workers, output, out)
+    document = one_machine.run(recipe, keep, Settings.load(home).home, workers, output, out)
     out.result(document["adapter"], document)

@@ -46,9 +46,7 @@ def read_delta(data: bytes, shapes: Shapes, training: Training, steps: int) -> d
         if entry["dtype"] != "F32":
             raise TrainChainError("delta.wrong_dtype", f"{name} is {entry['dtype']}, not F32.")
         if tuple(entry["shape"]) != shapes[name]:
-            raise TrainChainError(
-                "delta.wrong_shape", f"{name} is {tuple(entry['shape'])}, not {shapes[name]}."
-            )
+            raise TrainChainError("delta.wrong_shape", f"{name} is {tuple(entry['shape'])}, not {shapes[name]}.")
         tensor = np.frombuffer(bytes(entry["data"]), dtype="<f4").reshape(shapes[name])
         if not np.isfinite(tensor).all():
             raise TrainChainError("delta.not_finite", f"{name} holds NaN or infinity.")

@@ -47,18 +47,12 @@ CODES: dict[str, Reason] = {
     "recipe.unsupported": Reason(422, 2, "The recipe asks for something this version does not do."),
     "recipe.invalid": Reason(422, 2, "A value in the recipe has the wrong type or is out of range."),
     "source.missing": Reason(422, 2, "A model folder or data file of the recipe does not exist."),
-    "source.unsupported": Reason(
-        422, 2, "The address of a model or data set is of a kind this version cannot read."
-    ),
-    "model.unreadable": Reason(
-        422, 2, "The base model folder cannot be loaded as a model with safetensors weights."
-    ),
+    "source.unsupported": Reason(422, 2, "The address of a model or data set is of a kind this version cannot read."),
+    "model.unreadable": Reason(422, 2, "The base model folder cannot be loaded as a model with safetensors weights."),
     "data.empty": Reason(422, 2, "A data set has no usable rows."),
     "data.format": Reason(422, 2, "A data row does not have the fields its format asks for."),
     "data.too_small": Reason(422, 2, "The data holds too little to fill one step."),
-    "data.count_mismatch": Reason(
-        409, 4, "A worker counted other tokens in a shard than the resolved recipe pins."
-    ),
+    "data.count_mismatch": Reason(409, 4, "A worker counted other tokens in a shard than the resolved recipe pins."),
     # the machine and the network
     "hub.unreachable": Reason(503, 3, "The hub did not answer after bounded retries."),
     "hub.failed": Reason(502, 3, "The hub answered with a failure of its own."),
@@ -70,9 +64,7 @@ CODES: dict[str, Reason] = {
     "http.too_large": Reason(413, 1, "A request body is larger than its cap; it was not read to the end."),
     "http.length_required": Reason(411, 1, "A body was sent without its length."),
     "session.required": Reason(401, 7, "The request needs a session signed by a wallet."),
-    "session.refused": Reason(
-        403, 7, "The sign-in message does not hold: wrong signature, nonce, domain or time."
-    ),
+    "session.refused": Reason(403, 7, "The sign-in message does not hold: wrong signature, nonce, domain or time."),
     "session.forbidden": Reason(403, 7, "The wallet of this session may not do that."),
     # jobs, leases, objects
     "job.unknown": Reason(404, 1, "No job has that id, prefix or name."),
@@ -90,37 +82,25 @@ CODES: dict[str, Reason] = {
     "object.unexpected": Reason(409, 1, "The job does not name that object."),
     "object.digest": Reason(422, 4, "The bytes do not have the digest they were sent or asked for under."),
     # why a contribution is refused
-    "contribution.bad_signature": Reason(
-        403, 4, "The contribution is not signed, or not by the worker it names."
-    ),
-    "contribution.wrong_worker": Reason(
-        403, 1, "The contribution names another worker than the session's wallet."
-    ),
+    "contribution.bad_signature": Reason(403, 4, "The contribution is not signed, or not by the worker it names."),
+    "contribution.wrong_worker": Reason(403, 1, "The contribution names another worker than the session's wallet."),
     "contribution.wrong_job": Reason(409, 1, "The contribution names another job than its lease."),
-    "contribution.wrong_round": Reason(
-        409, 1, "The contribution names a round or shard other than its lease's."
-    ),
-    "contribution.wrong_start": Reason(
-        409, 1, "The contribution started from another adapter than the round's."
-    ),
+    "contribution.wrong_round": Reason(409, 1, "The contribution names a round or shard other than its lease's."),
+    "contribution.wrong_start": Reason(409, 1, "The contribution started from another adapter than the round's."),
     "contribution.repeat": Reason(409, 1, "This contribution was already accepted; its receipt comes along."),
     "contribution.encoding": Reason(422, 1, "The delta is encoded otherwise than the recipe says."),
     "round.closed": Reason(409, 1, "The round has closed; its contributions are merged."),
     "shard.already_accepted": Reason(409, 1, "Somebody's contribution for this shard was already accepted."),
     "delta.missing": Reason(409, 1, "The contribution names a delta that was not uploaded."),
     "delta.wrong_digest": Reason(422, 1, "The uploaded bytes are not those the digest names."),
-    "delta.too_large": Reason(
-        413, 1, "The delta is larger than the recipe's tensors; it was not read to the end."
-    ),
+    "delta.too_large": Reason(413, 1, "The delta is larger than the recipe's tensors; it was not read to the end."),
     "delta.not_safetensors": Reason(422, 1, "The delta is not a safetensors file."),
     "delta.missing_tensor": Reason(422, 1, "The delta lacks a tensor of the adapter."),
     "delta.extra_tensor": Reason(422, 1, "The delta has a tensor that the adapter has not."),
     "delta.wrong_shape": Reason(422, 1, "A tensor of the delta has another shape than the adapter's."),
     "delta.wrong_dtype": Reason(422, 1, "A tensor of the delta has another dtype than its encoding."),
     "delta.not_finite": Reason(422, 1, "The delta holds NaN or infinity."),
-    "delta.out_of_reach": Reason(
-        422, 1, "An element moved further than the optimizer can move it in the shard."
-    ),
+    "delta.out_of_reach": Reason(422, 1, "An element moved further than the optimizer can move it in the shard."),
     # training
     "train.child_died": Reason(500, 1, "The training process ended without a result."),
     "train.out_of_memory": Reason(507, 1, "The shard does not fit this machine's memory."),
@@ -133,9 +113,7 @@ CODES: dict[str, Reason] = {
     "chain.unknown": Reason(422, 1, "The chain's address is of a kind TrainChain does not know."),
     "chain.reverted": Reason(409, 1, "A contract refused the call; its error names the values."),
     "chain.denied": Reason(403, 1, "The embedded chain's public door does not offer that method."),
-    "faucet.closed": Reason(
-        403, 6, "This hub's chain is not an embedded one, or this wallet has had its share."
-    ),
+    "faucet.closed": Reason(403, 6, "This hub's chain is not an embedded one, or this wallet has had its share."),
     "settlement.mismatch": Reason(409, 4, "The leaves file, the proof and the root on chain do not agree."),
     "settlement.none": Reason(404, 1, "The job has no settlement yet."),
     "money.not_an_amount": Reason(422, 2, "The text is not an amount of tokens."),

@@ -25,9 +25,7 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Hash32 = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-f]{64}$")]
 Address = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-fA-F]{40}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")]
-Amount = Annotated[
-    int, BeforeValidator(_amount), PlainSerializer(str, return_type=str), Field(ge=0, lt=2**128)
-]
+Amount = Annotated[int, BeforeValidator(_amount), PlainSerializer(str, return_type=str), Field(ge=0, lt=2**128)]
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
 Positive = Annotated[int, Field(ge=1, le=MAX_INT)]
 
@@ -151,11 +149,6 @@ class ResolvedRecipe(Model):
         held_out = [self.held_out.dataset.file] if self.held_out else []
         every = [*self.base_model, *(d.file for d in self.datasets), *held_out, self.lora.initial]
         return list({ref.sha256: ref for ref in every}.values())
-
-
-class TensorSpec(Model):
-    name: str
-    shape: list[Positive]
 
 
 class Contribution(Model):

@@ -76,9 +76,7 @@ class ObjectStore:
         """The object, its digest checked again: a store is not trusted to keep bytes."""
         data = b"".join(self.stream(digest))
         if hashlib.sha256(data).hexdigest() != digest:
-            raise TrainChainError(
-                "object.digest", f"The stored bytes of {digest} no longer have that digest."
-            )
+            raise TrainChainError("object.digest", f"The stored bytes of {digest} no longer have that digest.")
         return data
 
     def stream(self, digest: str) -> Iterator[bytes]:

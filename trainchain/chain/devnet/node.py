@@ -88,14 +88,14 @@ class Devnet:
         with self._store.lock:
             return self._store.note(f"note.{name}") or ""
 
-    def send(self, raw: bytes) -> str:
+    def send(self, raw: bytes, *, most_gas: int = GAS_LIMIT) -> str:
         """Seal a signed transaction into a block of its own and return its hash. Raises Refused.
 
         A transaction that is already in is answered with its hash, so a client may safely repeat itself.
         """
         try:
             with self._store.writing():
-                return self._seal(raw)
+                return self._seal(raw, most_gas)
         except BaseException:
             with self._store.lock:
                 self._chain = None
@@ -237,7 +237,7 @@ class Devnet:
             gas=min(gas, used * 64 // 63 + 5_000),
         )
 
-    def _seal(self, raw: bytes) -> str:
+    def _seal(self, raw: bytes, most_gas: int) -> str:
         chain = self._open()
         parent = chain.get_canonical_head()
         # Left alone, py-evm would lower the gas limit a little with every block that is not full.
@@ -251,6 +251,8 @@ class Devnet:
         tx_hash = to_hex(tx.hash)
         if self._store.transaction(tx_hash) is not None:
             return tx_hash
+        if tx.gas > most_gas:
+            raise Refused(f"gas limit too high: {tx.gas}, at most {most_gas} is taken here")
         self._check(vm, tx, sender)
         try:
             result, receipts, computations = chain.mine_all([tx])

@@ -1,5 +1,6 @@
 """The embedded chain's JSON-RPC: exactly the methods in `METHODS`, for clients near and far."""
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ MAX_BODY = 256 * 1024
 MAX_BLOCKS = 100_000
 MAX_LOGS = 10_000
 PUBLIC_GAS = 8_000_000
-"""What a stranger's call may burn of this machine's time; deploying the escrow takes about half."""
+"""What a stranger's call or transaction may burn of this machine's time; deploying the escrow takes half."""
 
 _LEAST_GAS = 300_000
 _TIP = 1
@@ -37,15 +38,16 @@ class Rpc:
 
     def __init__(self, node: Devnet, *, public: bool = True) -> None:
         self.node = node
-        self._gas = PUBLIC_GAS if public else GAS_LIMIT
+        self._gas = self._most_gas = PUBLIC_GAS if public else GAS_LIMIT
 
     def handle(self, request: dict[str, Any] | list[Any]) -> dict[str, Any] | list[Any]:
         if not isinstance(request, list):
             return self._answer(request)
         if not 0 < len(request) <= MAX_BATCH:
             return _failure(None, RpcError(-32600, f"a batch has from 1 to {MAX_BATCH} requests"))
-        part = Rpc(self.node)
-        part._gas = max(self._gas // len(request), _LEAST_GAS)  # a batch may burn little more than one request
+        part = copy.copy(self)
+        # Calls cost nothing, so a batch of them may burn little more than one.
+        part._gas = max(self._gas // len(request), _LEAST_GAS)
         return [part._answer(one) for one in request]
 
     def _answer(self, request: Any) -> dict[str, Any]:
@@ -140,7 +142,7 @@ class Rpc:
         }
 
     def send_raw(self, params: list[Any]) -> str:
-        return self.node.send(from_hex(params[0]))
+        return self.node.send(from_hex(params[0]), most_gas=self._most_gas)
 
     def transaction(self, params: list[Any]) -> dict[str, Any] | None:
         found = self.node.transaction(to_hex(from_hex(params[0], 32)))

@@ -60,7 +60,7 @@ class Store(BaseDB):  # type: ignore[misc]  # py-evm has no types
             try:
                 yield
             finally:
-                # A simulated call may have left trie nodes; they are nobody's.
+                # Nothing was written: py-evm keeps a simulated call's state in memory.
                 self._db.execute("ROLLBACK")
 
     def __getitem__(self, key: bytes) -> bytes:

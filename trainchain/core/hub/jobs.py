@@ -1,8 +1,7 @@
 """Publishing a job: its resolved recipe, its objects, and the escrow that must cover it."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from sqlalchemy import insert, select, update
 
 from trainchain.core.digests import sha256
@@ -25,10 +24,6 @@ class Publication(Model):
 
     recipe: ResolvedRecipe
     salt: Hash32
-
-
-class Named(Model):
-    job: Annotated[str, Field(max_length=66)]
 
 
 def publish(hub: Hub, owner: str, publication: Publication) -> dict[str, Any]:

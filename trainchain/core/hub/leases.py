@@ -34,11 +34,22 @@ class LeaseRequest(Model):
 def take(hub: Hub, worker: str, job_id: str | None) -> dict[str, Any] | None:
     """Give `worker` a lease, or None where there is nothing to do for it."""
     now = hub.clock()
+    if not _something_to_do(hub, worker in hub.evaluators, now):
+        return None
     with hub.store.write() as db:
         sweep(db, now)
         if worker in hub.evaluators:
             return _take_evaluation(hub, db, worker, now)
         return _take_shard(hub, db, worker, job_id, now)
+
+
+def _something_to_do(hub: Hub, evaluator: bool, now: float) -> bool:
+    """A look without the write lock, so that idle workers who wait do not stand in anybody's way."""
+    table = schema.evaluations if evaluator else schema.shards
+    overdue = select(schema.leases.c.id).where(schema.leases.c.state == Lease.HELD, schema.leases.c.expires < now)
+    with hub.store.read() as db:
+        waiting = db.execute(select(table.c.job).where(table.c.state == "open").limit(1)).first()
+        return waiting is not None or db.execute(overdue.limit(1)).first() is not None
 
 
 def _take_shard(hub: Hub, db: Connection, worker: str, job_id: str | None, now: float) -> dict[str, Any] | None:
@@ -54,23 +65,11 @@ def _take_shard(hub: Hub, db: Connection, worker: str, job_id: str | None, now: 
     )
     if job_id is not None:
         query = query.where(jobs.c.id == job_id)
-    for shard in db.execute(query).mappings():
+    for shard in db.execute(query).mappings().all():
         lease_id = "0x" + hub.random_hex(32)
         if not move(db, shards, shard, Shard.LEASED, now=now, data={"worker": worker}, lease=lease_id):
             continue
-        db.execute(
-            insert(schema.leases).values(
-                id=lease_id,
-                kind="train",
-                job=shard["job"],
-                round=shard["round"],
-                shard=shard["shard"],
-                worker=worker,
-                state=str(Lease.HELD),
-                taken=now,
-                expires=now + LEASE_SECONDS,
-            )
-        )
+        _hold(db, lease_id, "train", shard, worker, now)
         job, round_ = one(db, jobs, id=shard["job"]), one(db, rounds, job=shard["job"], round=shard["round"])
         assert job is not None
         assert round_ is not None
@@ -80,26 +79,32 @@ def _take_shard(hub: Hub, db: Connection, worker: str, job_id: str | None, now: 
 
 def _take_evaluation(hub: Hub, db: Connection, worker: str, now: float) -> dict[str, Any] | None:
     query = select(schema.evaluations).where(schema.evaluations.c.state == Evaluation.OPEN).limit(CHOICES)
-    for row in db.execute(query).mappings():
+    for row in db.execute(query).mappings().all():
         lease_id = "0x" + hub.random_hex(32)
         if not move(db, schema.evaluations, row, Evaluation.LEASED, now=now, lease=lease_id):
             continue
-        db.execute(
-            insert(schema.leases).values(
-                id=lease_id,
-                kind="evaluate",
-                job=row["job"],
-                round=row["round"],
-                worker=worker,
-                state=str(Lease.HELD),
-                taken=now,
-                expires=now + LEASE_SECONDS,
-            )
-        )
+        _hold(db, lease_id, "evaluate", row, worker, now)
         job = one(db, schema.jobs, id=row["job"])
         assert job is not None
         return _offer(lease_id, "evaluate", job, row["round"], None, row["adapter"])
     return None
+
+
+def _hold(db: Connection, lease_id: str, kind: str, row: Row, worker: str, now: float) -> None:
+    """Write down that `worker` holds the shard or the evaluation in `row`."""
+    db.execute(
+        insert(schema.leases).values(
+            id=lease_id,
+            kind=kind,
+            job=row["job"],
+            round=row["round"],
+            shard=row.get("shard"),
+            worker=worker,
+            state=str(Lease.HELD),
+            taken=now,
+            expires=now + LEASE_SECONDS,
+        )
+    )
 
 
 def _offer(lease_id: str, kind: str, job: Row, round_: int, shard: int | None, start: str) -> dict[str, Any]:

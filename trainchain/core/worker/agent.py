@@ -20,6 +20,7 @@ from trainchain.core.worker.files import Cache
 BEAT_SECONDS = 5.0
 POLL_SECONDS = 20.0
 AWAY_SECONDS = 2.0
+LONGEST_SECONDS = 120.0
 OVER = frozenset({"shard.already_accepted", "round.closed", "lease.not_yours", "lease.unknown"})
 AWAY = frozenset({"hub.unreachable", "hub.failed", "chain.unreachable"})
 
@@ -54,6 +55,7 @@ class Worker:
         self._job = job
         self._cache = Cache(home / "cache")
         self._open: str | None = None
+        self._failures = 0
 
     def run(self, *, shards: int | None = None) -> None:
         """Work until interrupted, or until `shards` leases are done."""
@@ -68,8 +70,8 @@ class Worker:
                     waiting = True
                     continue
                 waiting = False
-                self._work(lease)
-                done += 1
+                if self._work(lease):
+                    done += 1
         finally:
             self._child.stop()
 
@@ -86,8 +88,11 @@ class Worker:
             self._sleep(AWAY_SECONDS)
             return None
 
-    def _work(self, lease: dict[str, Any]) -> None:
-        """One lease from beginning to end; whatever goes wrong is told, and the lease goes back."""
+    def _work(self, lease: dict[str, Any]) -> bool:
+        """One lease from beginning to end; whatever goes wrong is told, and the lease goes back.
+
+        Failures in a row wait longer and longer, so that a machine that cannot do a job does not hold it up.
+        """
         self._tell("leased", **{key: lease[key] for key in ("lease", "kind", "job", "name", "round", "shard")})
         with _Heart(self._client, lease["lease"]) as heart:
             try:
@@ -97,11 +102,15 @@ class Worker:
                     self._evaluate(lease)
                 else:
                     self._train(lease, heart)
+                self._failures = 0
+                return True
             except TrainChainError as error:
                 self._tell("failed", lease=lease["lease"], code=error.code, message=error.message, hint=error.hint)
                 if error.code not in OVER:
                     self._give_back(lease)
-                    self._sleep(AWAY_SECONDS)
+                    self._sleep(min(AWAY_SECONDS * 2**self._failures, LONGEST_SECONDS))
+                    self._failures += 1
+                return False
             except BaseException:
                 self._child.stop()
                 self._client.attempts = 1
