@@ -63,9 +63,11 @@ class HubChain:
         self._faucet = faucet
         self._rpc: Any = None
         if chain.node is not None:
+            from trainchain.chain.devnet.node import Devnet
             from trainchain.chain.devnet.rpc import Rpc
 
-            self._rpc = Rpc(chain.node, public=True)
+            # A node of its own on the same file: a stranger's long call must not hold up the hub's own.
+            self._rpc = Rpc(Devnet(chain.node.path), public=True)
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,167 @@
+"""Where the money is: roots that wait, vouchers that were faster than roots, ends of jobs."""
+
+from trainchain.chain import settlement
+
+
+def money(world, job_id):
+    job = world.client.job(job_id)
+    assert job.claimed <= job.settled <= job.funded - job.refunded
+    return job.settled, job.claimed, job.free
+
+
+def test_a_new_root_waits_and_the_old_one_pays_meanwhile(world):
+    client, job_id = world.client, world.job(activation_delay=100)
+    first = world.settle(job_id, 1, {world.anna: 10, world.ben: 10})
+    job = client.job(job_id)
+    assert (job.root, job.pending_at) == ("0x" + "00" * 32, client.now() + 100)
+    world.advance(100)
+    job = client.job(job_id)
+    assert (int(job.pending_root, 16), job.pending_at) == (0, 0)
+    second = world.settle(job_id, 2, {world.anna: 10, world.ben: 30})
+    assert client.job(job_id).root == job.root
+    assert world.claim(first, world.anna).amount == 10
+    world.advance(100)
+    assert world.claim(second, world.ben).amount == 30
+
+
+def test_a_watcher_leaves_under_the_old_root_before_a_bad_one_is_active(world, refused):
+    job_id = world.job(activation_delay=100)
+    honest = world.settle(job_id, 1, {world.anna: 10, world.ben: 10})
+    world.advance(100)
+    world.settle(job_id, 2, {world.hub: 20})
+    assert world.claim(honest, world.anna).amount == 10
+    world.advance(100)
+    refused("BadProof", world.claim, honest, world.ben)
+
+
+def test_a_halt_keeps_pending_roots_and_vouchers(world):
+    client, job_id = world.client, world.job(activation_delay=100)
+    leaves = world.settle(job_id, 1, {world.anna: 10})
+    client.halt(world.owner, job_id)
+    job = client.job(job_id)
+    assert (job.halted, job.deadline) == (True, client.now())
+    world.redeem(job_id, world.ben, 40)
+    world.advance(100)
+    assert world.claim(leaves, world.anna).amount == 10
+    world.advance(401)
+    assert client.reclaim(world.owner, job_id).amount == 950
+    assert money(world, job_id) == (50, 50, 0)
+
+
+def test_a_halt_after_the_deadline_does_not_move_it(world):
+    client, job_id = world.client, world.job()
+    deadline = client.job(job_id).deadline
+    world.advance(deadline + 5 - client.now())
+    client.halt(world.owner, job_id)
+    assert client.job(job_id).deadline == deadline
+
+
+def test_closing_early_leaves_the_grace_time_whole(world):
+    client, job_id = world.client, world.job()
+    signature = world.owner.sign_typed(client.domain, "CloseEarly", {"jobId": job_id})
+    client.close_early(world.hub, job_id, signature)
+    assert client.job(job_id).closes_after == client.now() + 500
+    world.advance(500)
+    leaves = world.settle(job_id, 1, {world.anna: 10})
+    world.advance(1)
+    assert client.reclaim(world.owner, job_id).amount == 990
+    assert world.claim(leaves, world.anna).amount == 10
+
+
+def test_settled_money_can_be_claimed_for_ever(world):
+    job_id = world.job()
+    leaves = world.settle(job_id, 1, {world.anna: 10})
+    world.advance(10**8)
+    world.client.reclaim(world.owner, job_id)
+    assert world.claim(leaves, world.anna).amount == 10
+
+
+def test_another_hub_takes_over_after_the_delay(world, refused):
+    client, job_id = world.client, world.job(activation_delay=100)
+    client.propose_hub(world.owner, job_id, world.ben.address)
+    job = client.job(job_id)
+    assert (job.hub, job.next_hub) == (world.hub.address, world.ben.address)
+    world.redeem(job_id, world.anna, 5)
+    world.advance(100)
+    assert client.job(job_id).hub == world.ben.address
+    refused("BadSignature", world.redeem, job_id, world.anna, 6)
+    refused("NotHub", world.settle, job_id, 1, {world.anna: 5})
+    world.settle(job_id, 1, {world.anna: 5}, wallet=world.ben)
+    client.propose_hub(world.owner, job_id, world.hub.address)
+    client.propose_hub(world.owner, job_id, world.ben.address)  # taken back
+    world.advance(100)
+    assert client.job(job_id).hub == world.ben.address
+
+
+def test_a_voucher_is_not_paid_again_by_a_leaf_nor_a_leaf_by_a_voucher(world):
+    client, job_id = world.client, world.job()
+    world.redeem(job_id, world.anna, 70)
+    leaves = world.settle(job_id, 1, {world.anna: 70, world.ben: 30})
+    assert world.claim(leaves, world.anna) == (None, 0)
+    leaves = world.settle(job_id, 2, {world.anna: 90, world.ben: 30})
+    assert world.claim(leaves, world.anna).amount == 20
+    assert world.redeem(job_id, world.anna, 90) == (None, 0)
+    assert world.redeem(job_id, world.anna, 95).amount == 5
+    assert world.holds(world.anna) == client.claimed_of(job_id, world.anna.address) == 95
+
+
+def test_what_a_voucher_paid_is_reserved_until_a_leaf_counts_it(world):
+    client, job_id = world.client, world.job(amount=200)
+    world.redeem(job_id, world.anna, 70)
+    assert money(world, job_id) == (70, 70, 130)
+    leaves = world.settle(job_id, 1, {world.anna: 80, world.ben: 50})
+    assert money(world, job_id) == (200, 70, 0)
+    assert world.claim(leaves, world.anna).amount == 10
+    assert money(world, job_id) == (130, 80, 70)
+    assert client.advanced_of(job_id, world.anna.address) == 0
+    assert world.claim(leaves, world.ben).amount == 50
+
+
+def test_a_root_finds_no_room_where_vouchers_took_it(world, refused):
+    """Who was paid by voucher goes on by voucher then: no money is promised twice, and none is stuck."""
+    job_id = world.job(amount=100)
+    world.redeem(job_id, world.anna, 70)
+    refused("NotCovered", world.settle, job_id, 1, {world.anna: 70, world.ben: 20})
+    leaves = world.settle(job_id, 1, {world.ben: 20})
+    assert world.redeem(job_id, world.anna, 80).amount == 10
+    assert world.claim(leaves, world.ben).amount == 20
+    assert money(world, job_id) == (100, 100, 0)
+
+
+def test_anyone_counts_a_leaf_that_has_nothing_left_to_pay(world, refused):
+    job_id = world.job(amount=200)
+    world.redeem(job_id, world.anna, 70)
+    leaves = world.settle(job_id, 1, {world.anna: 60, world.ben: 50})
+    assert money(world, job_id) == (180, 70, 20)
+    assert world.count(leaves, world.anna, wallet=world.owner).amount == 0
+    assert money(world, job_id) == (120, 70, 80)
+    assert world.client.advanced_of(job_id, world.anna.address) == 10
+    refused("NothingToClaim", world.count, leaves, world.anna)
+
+
+def test_no_order_of_voucher_root_and_claim_starves_a_leaf(world):
+    """The voucher falls between a root's making and its landing, and the root knows nothing of it."""
+    job_id = world.job(amount=300)
+    leaves = world.leaves(job_id, 1, {world.anna: 20, world.ben: 100})
+    world.redeem(job_id, world.anna, 30)
+    made = settlement.settle_leaves(settlement.leaves_file(job_id, 1, leaves.amounts))
+    world.client.settle(world.hub, job_id, 1, made.root, made.total, made.data_hash)
+    assert world.claim(leaves, world.ben).amount == 100
+    assert world.count(leaves, world.anna).amount == 0
+    assert money(world, job_id) == (130, 130, 170)
+
+
+def test_everything_comes_out_at_the_end(world):
+    client, job_id = world.client, world.job(amount=300)
+    world.redeem(job_id, world.anna, 30)
+    leaves = world.settle(job_id, 1, {world.anna: 50, world.ben: 100})
+    world.redeem(job_id, world.ben, 120)
+    world.advance(1501)
+    client.reclaim(world.owner, job_id)
+    assert client.job(job_id).free == 0
+    for who in (world.anna, world.ben):
+        world.count(leaves, who, wallet=world.owner)
+    client.reclaim(world.owner, job_id)
+    job = client.job(job_id)
+    assert job.funded - job.refunded - job.claimed == 0
+    assert (world.holds(world.anna), world.holds(world.ben)) == (50, 120)
