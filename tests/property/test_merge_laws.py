@@ -1,0 +1,156 @@
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from trainchain.core.adapter import Adapter
+from trainchain.core.errors import TrainChainError
+from trainchain.core.merge import METHODS, Matrix, Update, merge
+
+MODULE = "base_model.model.layer"
+A, B = MODULE + ".lora_A.weight", MODULE + ".lora_B.weight"
+seeds = st.integers(0, 2**32 - 1)
+sizes = st.tuples(st.integers(1, 4), st.integers(4, 20), st.integers(4, 20))
+
+
+def adapter(random: np.random.Generator, size: tuple[int, int, int], *, fresh: bool = False) -> Adapter:
+    r, rows, columns = size
+    b = np.zeros((rows, r)) if fresh else random.normal(size=(rows, r))
+    return {A: random.normal(size=(r, columns)).astype(np.float32), B: b.astype(np.float32)}
+
+
+def updates(random: np.random.Generator, size: tuple[int, int, int], count: int) -> list[Update]:
+    return [Update(f"{at:064x}", int(random.integers(1, 100)), adapter(random, size)) for at in range(count)]
+
+
+def product(tensors: Mapping[str, NDArray[Any]]) -> Matrix:
+    return tensors[B].astype(np.float64) @ tensors[A].astype(np.float64)
+
+
+def end(start: Adapter, change: Adapter) -> dict[str, Matrix]:
+    return {name: start[name].astype(np.float64) + change[name] for name in start}
+
+
+def off(found: Matrix, wanted: Matrix) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, size=sizes, count=st.integers(1, 6))
+def test_product_mean_is_the_best_low_rank_form_of_the_mean(seed: int, size: tuple[int, int, int], count: int) -> None:
+    random = np.random.default_rng(seed)
+    start, given_ = adapter(random, size), updates(random, size, count)
+    total = sum(update.weight for update in given_)
+
+    merged = merge("product-mean", start, given_)
+
+    exact = sum(update.weight / total * product(end(start, update.delta)) for update in given_)
+    u, s, vt = np.linalg.svd(exact, full_matrices=False)
+    best = (u[:, : size[0]] * s[: size[0]]) @ vt[: size[0]]
+    assert off(product(merged.adapter), best) < 1e-6
+    lost = np.linalg.norm(s[size[0] :]) / np.linalg.norm(s)
+    assert merged.truncation[MODULE] == pytest.approx(lost, abs=1e-7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, size=sizes, count=st.integers(1, 5))
+def test_copies_merge_to_themselves(method: str, seed: int, size: tuple[int, int, int], count: int) -> None:
+    random = np.random.default_rng(seed)
+    start, change = adapter(random, size), adapter(random, size)
+
+    merged = merge(method, start, [Update(f"{at:064x}", at + 1, change) for at in range(count)])
+
+    assert off(product(merged.adapter), product(end(start, change))) < 1e-5
+    assert merged.truncation[MODULE] < 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, size=sizes, data=st.data())
+def test_arrival_order_changes_no_bit(method: str, seed: int, size: tuple[int, int, int], data: st.DataObject) -> None:
+    random = np.random.default_rng(seed)
+    start, given_ = adapter(random, size), updates(random, size, 4)
+
+    one = merge(method, start, given_).adapter
+    other = merge(method, start, data.draw(st.permutations(given_))).adapter
+
+    assert all(one[name].tobytes() == other[name].tobytes() for name in one)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, size=sizes)
+def test_turned_factors_of_the_same_product_merge_alike(seed: int, size: tuple[int, int, int]) -> None:
+    random = np.random.default_rng(seed)
+    start, given_ = adapter(random, size), updates(random, size, 3)
+    turn, _ = np.linalg.qr(random.normal(size=(size[0], size[0])))
+    ended = end(start, given_[0].delta)
+    turned = {A: 2 * turn @ ended[A] - start[A], B: ended[B] @ turn.T / 2 - start[B]}
+
+    one = merge("product-mean", start, given_).adapter
+    other = merge("product-mean", start, [given_[0]._replace(delta=turned), *given_[1:]]).adapter
+
+    assert off(product(other), product(one)) < 1e-5
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, size=sizes)
+def test_a_product_of_zero_leaves_an_adapter_that_can_learn(seed: int, size: tuple[int, int, int]) -> None:
+    random = np.random.default_rng(seed)
+    start = adapter(random, size, fresh=True)
+    still = {name: np.zeros_like(tensor) for name, tensor in start.items()}
+
+    merged = merge("product-mean", start, [Update("0" * 64, 1, still)])
+
+    np.testing.assert_allclose(merged.adapter[A], start[A], atol=1e-5)
+    assert not merged.adapter[B].any()
+    assert merged.truncation[MODULE] == 0
+
+
+def test_a_rank_deficient_product_keeps_full_rank_in_a() -> None:
+    random = np.random.default_rng(0)
+    start = adapter(random, (4, 12, 12), fresh=True)
+    change = {A: np.zeros((4, 12), np.float32), B: np.zeros((12, 4), np.float32)}
+    change[B][:, 0] = random.normal(size=12)
+
+    merged = merge("product-mean", start, [Update("0" * 64, 1, change)]).adapter
+
+    assert off(product(merged), product(end(start, change))) < 1e-6
+    assert np.linalg.matrix_rank(merged[A]) == 4
+
+
+def test_factor_mean_is_the_mean_of_the_factors() -> None:
+    random = np.random.default_rng(0)
+    start, given_ = adapter(random, (2, 6, 5)), updates(random, (2, 6, 5), 3)
+    total = sum(update.weight for update in given_)
+
+    merged = merge("factor-mean", start, given_)
+
+    for name in start:
+        mean = sum(update.weight / total * end(start, update.delta)[name] for update in given_)
+        np.testing.assert_allclose(merged.adapter[name], mean, rtol=1e-6)
+    assert merged.truncation[MODULE] > 0.1
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    random = np.random.default_rng(0)
+    start, (good, *_) = adapter(random, (2, 6, 5)), updates(random, (2, 6, 5), 2)
+    nan = {name: np.full_like(tensor, np.nan) for name, tensor in good.delta.items()}
+    wrong = [
+        [],
+        [good._replace(weight=0)],
+        [good._replace(delta={A: good.delta[A]})],
+        [good._replace(delta=adapter(random, (3, 6, 5)))],
+        [good._replace(delta=nan)],
+    ]
+
+    for case in wrong:
+        with pytest.raises(TrainChainError) as caught:
+            merge("product-mean", start, case)
+        assert caught.value.code == "merge.unmergeable"
+    with pytest.raises(TrainChainError, match="no merge method"):
+        merge("median", start, [good])
