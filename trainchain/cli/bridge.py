@@ -143,6 +143,6 @@ class HubChain:
             raise TrainChainError("chain.denied", "This hub's chain has an RPC of its own.", hint=self._public_rpc)
         try:
             request = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise TrainChainError("http.bad_request", "The request is not JSON.") from None
         return json.dumps(self._rpc.handle(request)).encode()

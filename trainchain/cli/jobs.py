@@ -91,6 +91,8 @@ def _money(client: Any, job_id: str) -> dict[str, str]:
 
 def describe(view: dict[str, Any]) -> str:
     """A job on one screen of 80 columns."""
+    from trainchain.cli.wiring import short
+
     lines = [
         f"{view['name']}  {view['job'][:18]}..  {view['state']}  round {view['round']}/{view['rounds']}",
         f"price at most {money.show(int(view['price']))}, spent {money.show(int(view['spent']))} "
@@ -102,7 +104,7 @@ def describe(view: dict[str, Any]) -> str:
     for row in view["rounds_done"]:
         lines.append(f"round {row['round']}  {row['state']}")
         for shard in row["shards"]:
-            who = f"{shard['worker'][:6]}..{shard['worker'][-4:]}" if "worker" in shard else ""
+            who = short(shard["worker"]) if "worker" in shard else ""
             tail = f"+{money.show(int(shard['reward']))} TRAIN" if "reward" in shard else ""
             progress = shard.get("progress") or {}
             if progress:
@@ -112,7 +114,7 @@ def describe(view: dict[str, Any]) -> str:
         lines.append(f"worker {address}  {worker['accepted']} accepted  {money.show(int(worker['reward']))} TRAIN")
     for row in view["settlements"]:
         lines.append(
-            f"settled round {row['round']}  total {money.show(int(row['total']))} TRAIN  tx {row['tx'][:18]}.."
+            f"settled round {row['round']}  total {money.show(int(row['total']))} TRAIN  tx {short(row['tx'])}"
         )
     if money_held := view.get("money"):
         lines.append(

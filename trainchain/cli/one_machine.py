@@ -343,7 +343,7 @@ def _say(document: Document, out: Output) -> None:
         out.note(f"held-out loss {before:.4f} > {after:.4f} over {document['tokens']:,} tokens")
     for worker in document["workers"]:
         out.note(
-            f"worker {worker['wallet']}  {worker['accepted']} shards accepted  "
+            f"worker {wiring.short(worker['wallet'])}  {worker['accepted']} shards accepted  "
             f"claimed {money.show(int(worker['claimed']))} TRAIN"
         )
     out.note(f"{money.show(int(document['escrow']['refundable']))} TRAIN unspent; they come back after the grace time")

@@ -238,8 +238,10 @@ def _upload(client: HubClient, plan: Plan, job_id: str, missing: list[str], sett
     files = {**plan.files, plan.resolved.lora.initial.sha256: initial}
     refs = {ref.sha256: ref for ref in plan.resolved.files()}
     try:
-        for number, digest in enumerate(missing, 1):
-            out.note(f"upload   {number}/{len(missing)}  {refs[digest].name}  {refs[digest].size:,} bytes")
+        if missing:
+            size = sum(refs[digest].size for digest in missing)
+            out.note(f"upload   {len(missing)} files, {size / 1e6:.1f} MB")
+        for digest in missing:
             client.upload(f"/v1/jobs/{job_id}/objects/{digest}", files[digest])
     finally:
         initial.unlink()
@@ -275,7 +277,7 @@ def _fund(
         ),
         pay.budget,
     )
-    out.note(f"escrow   {money.show(pay.budget)} TRAIN  tx {created.tx[:18]}..")
+    out.note(f"escrow   {money.show(pay.budget)} TRAIN  tx {wiring.short(created.tx)}")
     return str(created.tx)
 
 

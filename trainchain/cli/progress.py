@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -28,13 +29,16 @@ class Progress:
         self._said: set[tuple[Any, ...]] = set()
         self._began = time.monotonic()
         self._live: Any = None
+        wide = (sys.stderr.encoding or "").lower().startswith("utf")
+        self._full, self._empty = ("\u2501", "\u2500") if wide else ("#", ".")
 
     def __enter__(self) -> Progress:
         if fancy():
             from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(console=Console(stderr=True), refresh_per_second=4, get_renderable=self._draw)
+            console = Console(stderr=True, highlight=False)
+            self._live = Live(console=console, refresh_per_second=4, get_renderable=self._draw, transient=True)
             self._live.start()
         return self
 
@@ -97,13 +101,15 @@ class Progress:
         filled = BAR * done // whole
         speed = sum(event.get("tokens_per_second", 0.0) for event in workers.values() if event["event"] == "step")
         loss = f"{losses[0]:.3f} > {losses[-1]:.3f}" if len(losses) > 1 else (f"{losses[0]:.3f}" if losses else "-")
-        lines = [
-            f"{recipe.name}  round {view.get('round', 0)}/{recipe.rounds}  {'#' * filled}{'.' * (BAR - filled)}  "
-            f"{done}/{whole} shards  {time.monotonic() - self._began:.0f} s",
-            f"held-out loss {loss}   {speed:,.0f} tokens/s   earned {money.show(sum(earned.values()))} TRAIN",
-        ]
-        lines += [f"  {name}  {_doing(event)}" for name, event in sorted(workers.items())]
-        return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+        text = Text(no_wrap=True, overflow="ellipsis")
+        text.append(recipe.name, "bold").append(f"  round {view.get('round', 0)}/{recipe.rounds}  ")
+        text.append(self._full * filled, "green").append(self._empty * (BAR - filled), "dim")
+        text.append(f"  {done}/{whole} shards  {time.monotonic() - self._began:.0f} s\n")
+        text.append("held-out loss ").append(loss, "bold").append(f"   {speed:,.0f} tokens/s   earned ")
+        text.append(f"{money.show(sum(earned.values()))} TRAIN", "green")
+        for name, event in sorted(workers.items()):
+            text.append(f"\n  {name}  {_doing(event)}")
+        return text
 
 
 def _doing(event: dict[str, Any]) -> str:

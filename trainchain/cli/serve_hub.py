@@ -1,5 +1,6 @@
 """serve-hub: coordinate jobs on this machine."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -29,6 +30,7 @@ def serve_hub(
       trainchain serve-hub
       trainchain serve-hub --listen 127.0.0.1:0 --home ./hub --json
     """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # merges are then the same bytes on every machine like this
     from trainchain.cli import hub_process
     from trainchain.core.settings import Settings
 

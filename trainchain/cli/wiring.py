@@ -14,6 +14,7 @@ from trainchain.core.errors import TrainChainError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from trainchain.chain.escrow import ChainClient
     from trainchain.chain.records import JobOnChain
@@ -32,7 +33,9 @@ def open_wallet(settings: Settings, out: Output) -> Wallet:
     password, path = settings.password(), settings.wallet_path
     if not path.exists():
         made = wallet.load_or_create(path, password or "")
-        out.note(f"wallet   {made.address} made at {path}" + ("" if password else " (no password)"))
+        out.note(
+            f"wallet   {short(made.address)} made in {friendly(path.parent)}" + ("" if password else ", no password")
+        )
         return made
     try:
         return wallet.open(path, password or "")
@@ -50,6 +53,21 @@ def open_wallet(settings: Settings, out: Output) -> Wallet:
     import getpass
 
     return wallet.open(path, getpass.getpass(f"Password of {path}: "))
+
+
+def short(address: str) -> str:
+    """An address or hash as people recognise it."""
+    return f"{address[:6]}..{address[-4:]}"
+
+
+def friendly(path: Path) -> str:
+    """A path as short as a person would write it: from here, or from the home directory."""
+    from pathlib import Path
+
+    for root, sign in ((Path.cwd(), "."), (Path.home(), "~")):
+        if path.is_relative_to(root):
+            return f"{sign}/{path.relative_to(root).as_posix()}"
+    return str(path)
 
 
 def hub_client(settings: Settings, wallet: Wallet | None = None, *, attempts: int | None = None) -> HubClient:

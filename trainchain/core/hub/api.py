@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -15,7 +16,7 @@ from trainchain import __version__
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import contributions, faucet, jobs, leases, sessions, views
 from trainchain.core.hub.service import Hub
-from trainchain.core.models import PROTOCOL, Model, SignedContribution, parse
+from trainchain.core.models import MAX_INT, PROTOCOL, Model, SignedContribution, parse
 from trainchain.core.objects import Spool
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ RECIPE_BODY = 64 << 20
 CHAIN_BODY = 1 << 20
 MAX_WAIT = 25.0
 
+After = Annotated[int, Query(ge=0, le=MAX_INT)]
+Wait = Annotated[float, Query(ge=0, le=30)]
 M = TypeVar("M", bound=Model)
 
 
@@ -96,6 +99,11 @@ def create_app(hub: Hub) -> FastAPI:
     async def unrouted(_: Request, error: HTTPException) -> Response:
         code = "http.not_found" if error.status_code in (404, 405) else "http.bad_request"
         return problem(TrainChainError(code, f"{error.detail}."))
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return problem(TrainChainError("http.bad_request", f"{first['loc'][-1]}: {first['msg']}."))
 
     @app.exception_handler(Exception)
     async def bug(_: Request, error: Exception) -> Response:
@@ -171,7 +179,7 @@ def create_app(hub: Hub) -> FastAPI:
         return Response(await thread(jobs.spec_of, hub, job_id), media_type="application/json")
 
     @app.get("/v1/jobs/{job_id}/events")
-    async def events(job_id: str, after: int = 0, wait: float = 0.0) -> dict[str, Any]:
+    async def events(job_id: str, after: After = 0, wait: Wait = 0.0) -> dict[str, Any]:
         await thread(hub.job, job_id)
         return {"events": await wait_for(lambda: views.events_after(hub, job_id, after), wait)}
 

@@ -17,7 +17,7 @@ from trainchain.core.hub.store import Row, move, one
 from trainchain.core.models import Model, SignedContribution
 from trainchain.core.objects import Spool
 from trainchain.core.rewards import shard_reward
-from trainchain.core.states import Evaluation, Lease, Round, Shard
+from trainchain.core.states import Evaluation, Job, Lease, Round, Shard
 
 
 class EvaluationReport(Model):
@@ -119,8 +119,10 @@ def _accept(hub: Hub, lease: Row, delta: str, signed: SignedContribution, reward
         shard = one(db, schema.shards, job=lease["job"], round=lease["round"], shard=lease["shard"])
         round_ = one(db, schema.rounds, job=lease["job"], round=lease["round"])
         current = one(db, schema.leases, id=lease["id"])
-        if shard is None or round_ is None or current is None or round_["state"] != Round.OPEN:
+        job = one(db, schema.jobs, id=lease["job"])
+        if shard is None or round_ is None or current is None or job is None or round_["state"] != Round.OPEN:
             raise TrainChainError("round.closed", f"Round {lease['round']} has closed.")
+        _not_over(job, current)
         if shard["state"] not in (Shard.OPEN, Shard.LEASED) or current["state"] == Lease.DONE:
             raise TrainChainError("shard.already_accepted", f"Shard {lease['shard']} is already accepted.")
         if one(db, schema.contributions, job=lease["job"], delta=delta) is not None:
@@ -173,7 +175,14 @@ def _still_wanted(hub: Hub, lease: Row) -> Row:
         round_ = one(db, schema.rounds, job=lease["job"], round=lease["round"])
     if round_ is None or round_["state"] != Round.OPEN:
         raise TrainChainError("round.closed", f"Round {lease['round']} has closed; its contributions are merged.")
+    _not_over(hub.job(lease["job"]), lease)
     return round_
+
+
+def _not_over(job: Row, lease: Row) -> None:
+    """A job that has ended takes work under held leases only: its last settlement waits for those and no others."""
+    if job["state"] != Job.RUNNING and lease["state"] != Lease.HELD:
+        raise TrainChainError("job.closed", f"Job {job['id']} has ended, and the lease {lease['id']} ran out.")
 
 
 def evaluated(hub: Hub, worker: str, lease_id: str, report: EvaluationReport) -> dict[str, Any]:

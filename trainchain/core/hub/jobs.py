@@ -1,5 +1,7 @@
 """Publishing a job: its resolved recipe, its objects, and the escrow that must cover it."""
 
+import math
+import re
 from typing import Any
 
 from sqlalchemy import insert, select, update
@@ -17,6 +19,7 @@ from trainchain.core.states import Job
 
 MAX_FILES = 1000
 MAX_OBJECT = 1 << 40
+NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 
 
 class Publication(Model):
@@ -88,6 +91,10 @@ def _check(recipe: ResolvedRecipe) -> None:
         raise TrainChainError("job.invalid", "A file of the job is larger than 1 TiB.")
     if not 0 < recipe.quorum <= 1 or not 0 < recipe.training.learning_rate <= 1:
         raise TrainChainError("job.invalid", "Quorum and learning rate lie between 0 and 1.")
+    if not all(math.isfinite(value) for value in recipe.training.model_dump().values() if isinstance(value, float)):
+        raise TrainChainError("job.invalid", "A training parameter is not a finite number.")
+    if NAME.fullmatch(recipe.name) is None:
+        raise TrainChainError("job.invalid", "A job's name is 1 to 64 letters, digits, dots, dashes and underscores.")
     if (price := job_price(recipe)) > recipe.pay.budget:
         raise TrainChainError(
             "money.budget_too_small",
@@ -157,9 +164,10 @@ def fund(hub: Hub, job_id: str) -> dict[str, Any]:
                 f"The escrow holds {show(escrow.funded - spent)} TRAIN free; round {following} can cost "
                 f"{show(round_price(recipe, following))}.",
             )
-        move(db, schema.jobs, row, Job.RUNNING if row["round"] else Job.OPEN, now=hub.clock())
+        after = Job.RUNNING if row["round"] else Job.OPEN
+        move(db, schema.jobs, row, after, now=hub.clock())
     hub.bell.ring()
-    return {"job": job_id, "state": str(Job.OPEN)}
+    return {"job": job_id, "state": str(after)}
 
 
 def _check_escrow(hub: Hub, job: Row, escrow: EscrowJob, recipe: ResolvedRecipe) -> None:

@@ -49,7 +49,7 @@ def new_nonce(hub: Hub) -> str:
 def sign_in(hub: Hub, request: SignIn, host: str) -> tuple[str, str, float]:
     """Check the signed message; returns (token, address, expiry). Raises `session.refused`."""
     fields, now = request.fields, hub.clock()
-    if fields.domain != host or urlsplit(fields.uri).netloc != host:
+    if fields.domain != host or _host(fields.uri) != host:
         raise _refused(f"the message is for {fields.domain}, and this is {host}")
     if fields.chain_id != hub.chain.chain_id:
         raise _refused(f"the message is for chain {fields.chain_id}, and this is {hub.chain.chain_id}")
@@ -83,6 +83,13 @@ def wallet_of(hub: Hub, authorization: str | None) -> str:
         if row is not None and row["expires"] >= hub.clock():
             return str(row["address"])
     raise TrainChainError("session.required", "Sign in with a wallet first: there is no session, or it is over.")
+
+
+def _host(uri: str) -> str:
+    try:
+        return urlsplit(uri).netloc
+    except ValueError:
+        return ""
 
 
 def _refused(why: str) -> TrainChainError:
