@@ -52,8 +52,8 @@ class Plan:
             f"recipe   {recipe.name}: {recipe.rounds} rounds x {recipe.shards} shards x {recipe.steps} steps "
             f"= {tokens:,} tokens{cut}{skipped}\n"
             f"files    {len(recipe.files())} files, {size / 1e6:.1f} MB, each named by its sha256\n"
-            f"price    at most {money.show(self.price)} TRAIN for the work; "
-            f"budget {money.show(recipe.pay.budget)} TRAIN; what is not earned comes back"
+            f"price    at most {money.show(self.price)} of a budget of {money.show(recipe.pay.budget)} TRAIN; "
+            "what is not earned comes back"
         )
 
 

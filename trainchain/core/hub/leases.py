@@ -161,10 +161,12 @@ def mine(hub: Hub, worker: str, lease_id: str) -> Row:
 
 
 def beat(hub: Hub, worker: str, lease_id: str, progress: Progress) -> dict[str, Any]:
-    """Keep a lease alive. Raises `lease.lost` where its shard went on without it."""
+    """Keep a lease alive. Raises `shard.already_accepted`, `round.closed` or `job.closed` where its work is no longer
+    wanted, `lease.lost` where it ran out."""
     mine(hub, worker, lease_id)
     now = hub.clock()
     with hub.store.write() as db:
+        _say_if_over(db, lease_id, now)
         kept = db.execute(
             update(schema.leases)
             .where(
@@ -175,13 +177,15 @@ def beat(hub: Hub, worker: str, lease_id: str, progress: Progress) -> dict[str, 
             .values(expires=now + LEASE_SECONDS, progress=progress.model_dump())
         )
         if kept.rowcount == 0:
-            _say_if_over(db, lease_id)
             raise TrainChainError("lease.lost", f"The lease {lease_id} ran out; its shard is offered to others.")
     return {"expires_in": LEASE_SECONDS}
 
 
-def _say_if_over(db: Connection, lease_id: str) -> None:
-    """A lease that ran out may still be worked on, unless its shard or its round is over."""
+def _say_if_over(db: Connection, lease_id: str, now: float) -> None:
+    """A lease may be worked on, even one that ran out, unless its shard, its round or its job is over.
+
+    Half of the grace time is left for the last settlement: nobody holds it up by beating on.
+    """
     lease = one(db, schema.leases, id=lease_id)
     if lease is None or lease["kind"] != "train":
         return
@@ -191,6 +195,9 @@ def _say_if_over(db: Connection, lease_id: str) -> None:
         raise TrainChainError("shard.already_accepted", f"Shard {lease['shard']} was accepted from another worker.")
     if round_ is not None and round_["state"] != Round.OPEN:
         raise TrainChainError("round.closed", f"Round {lease['round']} has closed.")
+    job = one(db, schema.jobs, id=lease["job"])
+    if job is not None and job["state"] != Job.RUNNING and now > job["deadline"] + job["grace"] / 2:
+        raise TrainChainError("job.closed", f"Job {job['id']} has ended.")
 
 
 def give_back(hub: Hub, worker: str, lease_id: str) -> None:
