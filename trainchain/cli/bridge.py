@@ -94,11 +94,10 @@ class HubChain:
             hub=found.hub,
             deadline=found.deadline,
             grace=found.grace,
+            activation_delay=found.activation_delay,
             round_cap=found.round_cap,
             spec_hash=found.spec_hash,
             funded=found.funded - found.refunded,
-            settled=found.settled,
-            round=found.round,
             halted=found.halted,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def serve(
     if with_parent:
         parent.end_with_parent()
     bound = _bind(listen)
-    url = f"http://{bound.getsockname()[0]}:{bound.getsockname()[1]}"
+    url = _url(bound)
     home = private_folder(settings.home)
     keys = wallet.load_or_create(home / "hub-wallet.json", settings.password() or "")
     chain = open_hub_chain(chain_url, escrow, token, public_chain, home, keys)
@@ -101,7 +102,8 @@ def _bind(listen: str) -> socket.socket:
     if not host or not port.isdigit() or int(port) > 65535:
         raise TrainChainError("usage.flag", f"--listen {listen} is not HOST:PORT.", hint="--listen 127.0.0.1:7070")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
+    # Named as TCP, so that asyncio turns Nagle's algorithm off: without, every answer waits 40 ms for an ACK.
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host.strip("[]"), int(port)))
@@ -116,6 +118,13 @@ def _bind(listen: str) -> socket.socket:
     return found
 
 
+def _url(bound: socket.socket) -> str:
+    """How this machine reaches the socket; one that listens everywhere is reached over loopback."""
+    host, port = bound.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 class _Evaluator:
     """The hub's own worker for `evaluate` leases: a child process, started again whenever it ends."""
 
@@ -124,9 +133,13 @@ class _Evaluator:
         self._arguments += ["--json", "--until-stdin-closes"]
         self._log = home / "evaluator.log"
         self._stopping = threading.Event()
-        self._process = parent.start(self._arguments, self._log)
+        self._process = self._start()
         self._thread = threading.Thread(target=self._watch, name="evaluator", daemon=True)
         self._thread.start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        # Its wallet has no password, whatever the hub's has: it holds no money and signs no money.
+        return parent.start(self._arguments, self._log, {"TRAINCHAIN_PASSWORD_FILE": ""})
 
     def _watch(self) -> None:
         while not self._stopping.is_set():
@@ -141,7 +154,7 @@ class _Evaluator:
             log.warning("the evaluating child ended with %s; its log is %s", code, self._log)
             self._stopping.wait(max(0.0, 5.0 - (time.monotonic() - began)))
             if not self._stopping.is_set():
-                self._process = parent.start(self._arguments, self._log)
+                self._process = self._start()
 
     def stop(self) -> None:
         self._stopping.set()

@@ -1,10 +1,10 @@
-"""jobs ls | show | reclaim: what becomes of a job."""
+"""jobs ls | show | cancel | reclaim: what becomes of a job."""
 
 from typing import Any
 
 import typer
 
-from trainchain.cli.options import Home, HubUrl, JobName, Json, Yes
+from trainchain.cli.options import Home, HubUrl, JobName, Json
 from trainchain.cli.output import Output
 from trainchain.core import money
 
@@ -54,7 +54,7 @@ def show(job: JobName, hub: HubUrl = None, home: Home = None, json_: Json = Fals
 
 
 @app.command("reclaim")
-def reclaim(job: JobName, hub: HubUrl = None, home: Home = None, yes: Yes = False, json_: Json = False) -> None:
+def reclaim(job: JobName, hub: HubUrl = None, home: Home = None, json_: Json = False) -> None:
     """Take back what a job never earned, once its deadline and its grace time are over. Owner only.
 
     \b
@@ -74,11 +74,32 @@ def reclaim(job: JobName, hub: HubUrl = None, home: Home = None, yes: Yes = Fals
     out.result(f"refunded {money.show(int(document['refunded']))} TRAIN to {wallet.address}", document)
 
 
-def _money(client: Any, job_id: str) -> dict[str, str]:
-    """The escrow's own figures for a job, read from the chain and not from the hub."""
+@app.command("cancel")
+def cancel(job: JobName, hub: HubUrl = None, home: Home = None, json_: Json = False) -> None:
+    """Stop a job: no shard is leased any more; what is being trained may still be handed in and is paid. Owner only.
+
+    \b
+    Examples:
+      trainchain jobs cancel @last
+      trainchain jobs cancel support-bot --json
+    """
+    from trainchain.cli import wiring
+    from trainchain.core.settings import Settings
+
+    out = Output(json_mode=json_)
+    settings = Settings.load(home, hub)
+    client = wiring.hub_client(settings, wiring.open_wallet(settings, out))
+    document = client.post(f"/v1/jobs/{wiring.job_id_of(client, settings, job)}/cancel")
+    out.result(document["state"], document)
+
+
+def _money(client: Any, job_id: str) -> dict[str, str] | None:
+    """The escrow's own figures for a job, read from the chain and not from the hub; None before it is there."""
     from trainchain.cli import wiring
 
-    found = wiring.chain_of(client).job(job_id)
+    found = wiring.escrow_job(wiring.chain_of(client), job_id)
+    if found is None:
+        return None
     return {
         "funded": str(found.funded),
         "settled": str(found.settled),

@@ -65,8 +65,8 @@ def resolve(path: Path) -> Plan:
 
     recipe = load_recipe(path)
     model_dir = _folder(recipe.base_model)
-    sources = [(_file(entry.path), entry.type) for entry in recipe.datasets]
-    tests = [(_file(entry.path), entry.type) for entry in recipe.test_datasets]
+    sources = [(_file(entry.path, "datasets"), entry.type) for entry in recipe.datasets]
+    tests = [(_file(entry.path, "test_datasets"), entry.type) for entry in recipe.test_datasets]
 
     from trainchain.core.train.resolve import inspect
 
@@ -162,13 +162,13 @@ def _folder(text: str) -> Path:
     return path
 
 
-def _file(text: str) -> Path:
-    path = _local(text, "datasets")
+def _file(text: str, key: str) -> Path:
+    path = _local(text, key)
     if not path.is_file():
-        raise TrainChainError("source.missing", f"`datasets`: there is no file {path}.", hint="Check the path.")
+        raise TrainChainError("source.missing", f"`{key}`: there is no file {path}.", hint="Check the path.")
     if path.suffix not in (".jsonl", ".json", ".ndjson"):
         raise TrainChainError(
-            "source.unsupported", f"`datasets`: {path.name} is not a .jsonl file.", hint="Convert it to JSON Lines."
+            "source.unsupported", f"`{key}`: {path.name} is not a .jsonl file.", hint="Convert it to JSON Lines."
         )
     return path
 
@@ -281,7 +281,7 @@ def _fund(
     return str(created.tx)
 
 
-def fetch(client: HubClient, job_id: str, target: Path, *, round_: int | None = None) -> dict[str, Any]:
+def fetch(client: HubClient, job_id: str, target: Path | None, *, round_: int | None = None) -> dict[str, Any]:
     """Write the merged adapter of a round (default: the last merged one) as a standard PEFT folder."""
     from trainchain.core.adapter import read_adapter, write_peft_folder
     from trainchain.core.models import ResolvedRecipe, parse
@@ -294,9 +294,10 @@ def fetch(client: HubClient, job_id: str, target: Path, *, round_: int | None = 
             "job.not_ready", f"Job {job_id[:12]} has no adapter to pull: {what}.", hint=f"trainchain jobs show {job_id}"
         )
     last = merged[-1]
+    recipe = parse(ResolvedRecipe, client.object(view["spec_hash"]), code="job.invalid", what=f"The recipe of {job_id}")
+    target = target or Path(f"{recipe.name}-lora")
     if target.exists() and (not target.is_dir() or any(target.iterdir())) and not (target / "trainchain.json").exists():
         raise TrainChainError("usage.flag", f"{target} exists and is not empty.", hint="Name another folder with -o.")
-    recipe = parse(ResolvedRecipe, client.object(view["spec_hash"]), code="job.invalid", what=f"The recipe of {job_id}")
     adapter = read_adapter(client.object(last["adapter"], cap=1 << 34))
     write_peft_folder(target, adapter, recipe, recipe.name)
     facts = {

@@ -31,6 +31,5 @@ def pull(
     settings = Settings.load(home, hub)
     client = wiring.hub_client(settings)
     job_id = wiring.job_id_of(client, settings, job)
-    target = output or Path(f"{client.get(f'/v1/jobs/{job_id}')['name']}-lora")
-    document = owner.fetch(client, job_id, target, round_=round_)
+    document = owner.fetch(client, job_id, output, round_=round_)
     out.result(document["folder"], document)

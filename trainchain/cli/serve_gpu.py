@@ -48,7 +48,8 @@ def serve_gpu(
         settings.home,
         child,
         sign=wiring.contribution_signer(wallet, chain),
-        check_job=wiring.job_checker(chain),
+        check_job=wiring.job_checker(chain, client.info()["chain"]),
+        check_receipt=wiring.receipt_checker(chain, client.info()["chain"]["hub"]),
         on_event=lambda event: out.event(event, describe(event)),
         job=wiring.job_id_of(client, settings, job) if job else None,
     )

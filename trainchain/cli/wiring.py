@@ -6,6 +6,7 @@ Everything heavy is imported inside the functions.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
@@ -125,19 +126,36 @@ def contribution_signer(wallet: Wallet, chain: ChainClient) -> Any:
     return sign
 
 
-def job_checker(chain: ChainClient) -> Any:
-    """A function that insists, once a job, that the escrow holds money under the recipe's hash."""
-    passed: set[str] = set()
+def receipt_checker(chain: ChainClient, hub: str) -> Any:
+    """A function that tells whether a receipt's fields are signed by the hub that the escrow pays through."""
+    from trainchain.chain import eip712
+
+    def check(fields: Mapping[str, Any], signature: str) -> bool:
+        try:
+            return eip712.recover(chain.domain, "Receipt", fields, signature).lower() == hub.lower()
+        except TrainChainError:
+            return False
+
+    return check
+
+
+def job_checker(chain: ChainClient, told: Mapping[str, Any]) -> Any:
+    """A function that insists, before every lease, that the escrow holds money under the recipe's hash, to be settled
+    by this hub in this token. `told` is what the hub says of its chain."""
 
     def check(job_id: str, spec_hash: str) -> None:
-        if job_id in passed:
-            return
         job = escrow_job(chain, job_id)
-        if job is None or job.funded == 0:
-            raise TrainChainError("job.unfunded", f"The escrow {chain.escrow} holds nothing for job {job_id}.")
+        if job is None or job.free == 0:
+            raise TrainChainError("job.unfunded", f"The escrow {chain.escrow} holds nothing more for job {job_id}.")
+        wrong = None
         if job.spec_hash.removeprefix("0x") != spec_hash:
-            raise TrainChainError("job.invalid", f"Job {job_id} stands in escrow under another recipe.")
-        passed.add(job_id)
+            wrong = "it stands in escrow under another recipe"
+        elif (job.hub.lower(), job.token.lower()) != (told["hub"].lower(), told["token"].lower()):
+            wrong = f"its escrow is settled by {job.hub} in the token {job.token}, not as the hub says"
+        elif job.halted or job.deadline <= time.time():
+            wrong = "its owner has halted it, or its deadline has passed"
+        if wrong:
+            raise TrainChainError("job.invalid", f"Job {job_id} is not worth working for: {wrong}.")
 
     return check
 

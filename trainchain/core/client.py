@@ -200,10 +200,11 @@ class HubClient:
             if self._sign_in is None or self.address is None:
                 raise TrainChainError("session.required", "This request needs a wallet.")
             now = self._now()
+            host = self._http.build_request("GET", self.url).headers["host"]
             fields = {
-                "domain": urlsplit(self.url).netloc,
+                "domain": host,
                 "address": self.address,
-                "uri": self.url,
+                "uri": f"{urlsplit(self.url).scheme}://{host}",
                 "chain_id": self.info()["chain"]["chain_id"],
                 "nonce": self.post("/v1/session/nonce", signed=False)["nonce"],
                 "issued_at": now.isoformat(timespec="seconds").replace("+00:00", "Z"),

@@ -101,6 +101,7 @@ CODES: dict[str, Reason] = {
     "delta.wrong_dtype": Reason(422, 1, "A tensor of the delta has another dtype than its encoding."),
     "delta.not_finite": Reason(422, 1, "The delta holds NaN or infinity."),
     "delta.out_of_reach": Reason(422, 1, "An element moved further than the optimizer can move it in the shard."),
+    "receipt.invalid": Reason(502, 4, "The hub's receipt is not signed by it, or promises another amount."),
     # training
     "train.child_died": Reason(500, 1, "The training process ended without a result."),
     "train.out_of_memory": Reason(507, 1, "The shard does not fit this machine's memory."),
@@ -115,7 +116,6 @@ CODES: dict[str, Reason] = {
     "chain.denied": Reason(403, 1, "The embedded chain's public door does not offer that method."),
     "faucet.closed": Reason(403, 6, "This hub's chain is not an embedded one, or this wallet has had its share."),
     "settlement.mismatch": Reason(409, 4, "The leaves file, the proof and the root on chain do not agree."),
-    "settlement.none": Reason(404, 1, "The job has no settlement yet."),
     "money.not_an_amount": Reason(422, 2, "The text is not an amount of tokens."),
     "money.insufficient": Reason(402, 6, "The wallet does not hold enough tokens or gas."),
     "money.budget_too_small": Reason(422, 6, "The budget is below the price of the work."),
@@ -125,5 +125,4 @@ CODES: dict[str, Reason] = {
     "wallet.unreadable": Reason(422, 7, "The wallet file is not a version 3 keystore."),
     "wallet.wrong_password": Reason(403, 7, "The password does not open the wallet."),
     "wallet.locked": Reason(403, 7, "The wallet needs a password, and nobody could be asked."),
-    "state.busy": Reason(409, 1, "Another process is using this folder."),
 }

@@ -25,6 +25,7 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Hash32 = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-f]{64}$")]
 Address = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-fA-F]{40}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")]
+JobName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")]
 Amount = Annotated[int, BeforeValidator(_amount), PlainSerializer(str, return_type=str), Field(ge=0, lt=2**128)]
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
 Positive = Annotated[int, Field(ge=1, le=MAX_INT)]
@@ -120,7 +121,7 @@ class ResolvedRecipe(Model):
     """A recipe with everything pinned: what is published, hashed into the escrow, and trained from."""
 
     trainchain: Literal[1]
-    name: str
+    name: JobName
     base_model: list[FileRef]
     datasets: list[DataSet]
     held_out: HeldOut | None
@@ -149,6 +150,21 @@ class ResolvedRecipe(Model):
         held_out = [self.held_out.dataset.file] if self.held_out else []
         every = [*self.base_model, *(d.file for d in self.datasets), *held_out, self.lora.initial]
         return list({ref.sha256: ref for ref in every}.values())
+
+
+class Lease(Model):
+    """A hub's offer: what to train or to measure, from which start adapter. Everything in it becomes part of a path
+    or of what is signed, so nothing in it is taken unparsed."""
+
+    lease: Hash32
+    kind: Literal["train", "evaluate"]
+    job: Hash32
+    name: JobName
+    spec_hash: Digest
+    round: Count
+    shard: Count | None
+    start: Digest
+    expires_in: float
 
 
 class Contribution(Model):

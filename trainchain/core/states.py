@@ -7,7 +7,7 @@ class Job(StrEnum):
     UNFUNDED = "unfunded"
     """Published; the escrow does not cover the next round, so none opens."""
     OPEN = "open"
-    """Funded; waiting for the base's held-out loss, or for its first round."""
+    """Funded; its first round is about to open."""
     RUNNING = "running"
     FINISHED = "finished"
     """All rounds merged; the last settlement is under way."""

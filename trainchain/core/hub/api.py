@@ -195,6 +195,10 @@ def create_app(hub: Hub) -> FastAPI:
     async def fund(job_id: str) -> dict[str, Any]:
         return await thread(jobs.fund, hub, job_id)
 
+    @app.post("/v1/jobs/{job_id}/cancel")
+    async def cancel(request: Request, job_id: str) -> dict[str, Any]:
+        return await thread(jobs.cancel, hub, await wallet(request), job_id)
+
     @app.get("/v1/objects/{digest}")
     async def download(request: Request, digest: str) -> Response:
         if not await thread(leases.is_public, hub, digest) and not await thread(

@@ -12,7 +12,7 @@ from trainchain.core.hub.store import Row, move, one, record
 from trainchain.core.states import Job, Lease, Round
 
 ENDED = (Job.FINISHED, Job.EXPIRED, Job.CANCELLED)
-SETTLING = (Job.OPEN, Job.RUNNING, Job.UNFUNDED, *ENDED)
+SETTLING = (Job.OPEN, Job.RUNNING, Job.UNFUNDED, *ENDED, Job.SETTLED)
 
 
 def tick(hub: Hub) -> bool:
@@ -59,11 +59,13 @@ def _due(hub: Hub, job: Row) -> int | None:
 
 
 def _settle(hub: Hub, job: Row) -> bool:
+    if job["state"] == Job.SETTLED:
+        return _close(hub, job)
     through = _due(hub, job)
     if through is None:
         return False
     owed = amounts(hub, job["id"], through)
-    if through > job["settled_round"] and owed:
+    if through > job["settled_round"] and owed and not _halted(hub, job):
         settled = hub.chain.settle(job["id"], through, owed)
         leaves = hub.objects.put(settled.leaves)
         now = hub.clock()
@@ -97,6 +99,21 @@ def _settle(hub: Hub, job: Row) -> bool:
             fresh = one(db, schema.jobs, id=job["id"])
             return fresh is not None and move(db, schema.jobs, fresh, Job.SETTLED, now=hub.clock())
     return False
+
+
+def _close(hub: Hub, job: Row) -> bool:
+    """Once deadline and grace are over nothing can change but claims and the owner's refund."""
+    now = hub.clock()
+    if job["deadline"] is not None and now <= job["deadline"] + job["grace"]:
+        return False
+    with hub.store.write() as db:
+        return move(db, schema.jobs, job, Job.CLOSED, now=now)
+
+
+def _halted(hub: Hub, job: Row) -> bool:
+    """Whether the owner told the escrow to take no further root: what is not settled by then stays unpaid."""
+    escrow = hub.chain.job(job["id"])
+    return escrow is None or escrow.halted
 
 
 def _look_for_money(hub: Hub, job: Row) -> bool:

@@ -3,10 +3,11 @@
 A refusal changes nothing: the lease stays as it was, and the round goes on.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
-from sqlalchemy import insert, select, update
+from sqlalchemy import Connection, Select, delete, insert, select, update
 
 from trainchain.core import checks
 from trainchain.core.errors import TrainChainError
@@ -42,12 +43,16 @@ def keep_delta(hub: Hub, worker: str, lease_id: str, digest: str, spool: Spool) 
         raise TrainChainError("delta.wrong_digest", f"Sent as {digest}, the bytes are {spool.digest}.")
     hub.objects.keep(spool)
     with hub.store.write() as db:
+        earlier = db.execute(_loose(lease["job"]).where(schema.objects.c.lease == lease_id)).mappings().all()
+        _forget(db, [row for row in earlier if row["digest"] != digest])
         if one(db, schema.objects, digest=digest, job=lease["job"]) is None:
             db.execute(
                 insert(schema.objects).values(
-                    digest=digest, job=lease["job"], size=spool.size, public=False, present=True
+                    digest=digest, job=lease["job"], size=spool.size, public=False, present=True, lease=lease_id
                 )
             )
+    for row in earlier:
+        drop_unnamed(hub, row["digest"])
     return {"digest": digest, "size": spool.size}
 
 
@@ -147,10 +152,41 @@ def _accept(hub: Hub, lease: Row, delta: str, signed: SignedContribution, reward
                 accepted=now,
             )
         )
+
+
+def publish_round(db: Connection, job_id: str, round_: int) -> list[str]:
+    """Open a merged round's accepted deltas to everybody who wants to recompute the merge, and forget its refused
+    ones; returns the digests of those. Before the merge a delta is nobody's but its worker's: it could be copied."""
+    accepted_here = select(schema.contributions.c.delta).where(
+        schema.contributions.c.job == job_id, schema.contributions.c.round == round_
+    )
+    objects, leases = schema.objects, schema.leases
+    db.execute(update(objects).where(objects.c.job == job_id, objects.c.digest.in_(accepted_here)).values(public=True))
+    of_round = select(leases.c.id).where(leases.c.job == job_id, leases.c.round == round_)
+    loose = db.execute(_loose(job_id).where(objects.c.lease.in_(of_round))).mappings().all()
+    _forget(db, loose)
+    return [row["digest"] for row in loose]
+
+
+def drop_unnamed(hub: Hub, digest: str) -> None:
+    """Delete bytes that no job names any more."""
+    with hub.store.write() as db:
+        if db.execute(select(schema.objects.c.job).where(schema.objects.c.digest == digest).limit(1)).first() is None:
+            hub.objects.delete(digest)
+
+
+def _loose(job_id: str) -> Select[Any]:
+    """Uploaded deltas of a job that were not accepted."""
+    taken = select(schema.contributions.c.delta).where(schema.contributions.c.job == job_id)
+    return select(schema.objects).where(
+        schema.objects.c.job == job_id, schema.objects.c.lease.is_not(None), schema.objects.c.digest.not_in(taken)
+    )
+
+
+def _forget(db: Connection, rows: Sequence[Row]) -> None:
+    for row in rows:
         db.execute(
-            update(schema.objects)
-            .where(schema.objects.c.job == lease["job"], schema.objects.c.digest == delta)
-            .values(public=True)
+            delete(schema.objects).where(schema.objects.c.job == row["job"], schema.objects.c.digest == row["digest"])
         )
 
 

@@ -1,7 +1,6 @@
 """Publishing a job: its resolved recipe, its objects, and the escrow that must cover it."""
 
 import math
-import re
 from typing import Any
 
 from sqlalchemy import insert, select, update
@@ -19,7 +18,6 @@ from trainchain.core.states import Job
 
 MAX_FILES = 1000
 MAX_OBJECT = 1 << 40
-NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 
 
 class Publication(Model):
@@ -93,8 +91,6 @@ def _check(recipe: ResolvedRecipe) -> None:
         raise TrainChainError("job.invalid", "Quorum and learning rate lie between 0 and 1.")
     if not all(math.isfinite(value) for value in recipe.training.model_dump().values() if isinstance(value, float)):
         raise TrainChainError("job.invalid", "A training parameter is not a finite number.")
-    if NAME.fullmatch(recipe.name) is None:
-        raise TrainChainError("job.invalid", "A job's name is 1 to 64 letters, digits, dots, dashes and underscores.")
     if (price := job_price(recipe)) > recipe.pay.budget:
         raise TrainChainError(
             "money.budget_too_small",
@@ -113,9 +109,7 @@ def missing(hub: Hub, job_id: str) -> list[str]:
 
 def object_cap(hub: Hub, owner: str, job_id: str, digest: str) -> int:
     """The size an upload must have. Raises `session.forbidden`, `object.unexpected`."""
-    job = hub.job(job_id)
-    if job["owner"].lower() != owner.lower():
-        raise TrainChainError("session.forbidden", "Only the job's owner uploads its objects.")
+    _insist_owner(hub, owner, job_id)
     with hub.store.read() as db:
         row = one(db, schema.objects, digest=digest, job=job_id)
     if row is None:
@@ -181,12 +175,31 @@ def _check_escrow(hub: Hub, job: Row, escrow: EscrowJob, recipe: ResolvedRecipe)
         wrong = "its spec hash is not that of the published recipe"
     elif escrow.round_cap < round_cap(recipe):
         wrong = f"its round cap of {show(escrow.round_cap)} is below the price of a round"
+    elif escrow.grace < recipe.pay.grace or escrow.activation_delay > recipe.pay.activation_delay:
+        wrong = "its grace time or its activation delay is worse for workers than the recipe's"
     elif escrow.deadline <= hub.clock():
         wrong = "its deadline has passed"
     elif escrow.halted:
         wrong = "its owner has halted it"
     if wrong:
         raise TrainChainError("job.invalid", f"The escrow of job {job['id']} does not fit: {wrong}.")
+
+
+def cancel(hub: Hub, owner: str, job_id: str) -> dict[str, Any]:
+    """Stop a job: no new lease is given; held ones may still contribute and are paid. Raises `job.closed`."""
+    _insist_owner(hub, owner, job_id)
+    with hub.store.write() as db:
+        job = one(db, schema.jobs, id=job_id)
+        if job is None or job["state"] not in (Job.UNFUNDED, Job.OPEN, Job.RUNNING):
+            raise TrainChainError("job.closed", f"Job {job_id} has ended already.")
+        move(db, schema.jobs, job, Job.CANCELLED, now=hub.clock())
+    hub.bell.ring()
+    return {"job": job_id, "state": str(Job.CANCELLED)}
+
+
+def _insist_owner(hub: Hub, wallet: str, job_id: str) -> None:
+    if hub.job(job_id)["owner"].lower() != wallet.lower():
+        raise TrainChainError("session.forbidden", "Only the job's owner may do that.")
 
 
 def owed(hub: Hub, job_id: str) -> int:
@@ -203,6 +216,8 @@ def find(hub: Hub, name: str) -> str:
     with hub.store.read() as db:
         rows = db.execute(select(schema.jobs.c.id, schema.jobs.c.name).order_by(schema.jobs.c.created.desc()))
         every = [(str(r.id), str(r.name)) for r in rows]
+    if name.startswith("0x"):  # an id is never mistaken for a name that somebody made to look like one
+        every = [(job, "") for job, _ in every]
     exact = [job for job, _ in every if job == name]
     prefixed = [
         job for job, _ in every if len(name) >= 3 and job.removeprefix("0x").startswith(name.removeprefix("0x"))

@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from pydantic import Field
-from sqlalchemy import Connection, insert, or_, select, update
+from sqlalchemy import Connection, func, insert, or_, select, update
 
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import schema
@@ -14,6 +14,8 @@ from trainchain.core.states import Evaluation, Job, Lease, Round, Shard
 
 SWEEP = 100
 CHOICES = 16
+MAX_HELD = 8
+"""Leases that one wallet may hold at once: a machine with eight GPUs; nobody can sit on a whole round."""
 
 
 class Progress(Model):
@@ -65,6 +67,10 @@ def _take_shard(hub: Hub, db: Connection, worker: str, job_id: str | None, now: 
     )
     if job_id is not None:
         query = query.where(jobs.c.id == job_id)
+    leases = schema.leases
+    held = select(func.count()).where(leases.c.worker == worker, leases.c.state == Lease.HELD)
+    if db.execute(held).scalar_one() >= MAX_HELD:
+        return None
     for shard in db.execute(query).mappings().all():
         lease_id = "0x" + hub.random_hex(32)
         if not move(db, shards, shard, Shard.LEASED, now=now, data={"worker": worker}, lease=lease_id):
@@ -162,9 +168,10 @@ def mine(hub: Hub, worker: str, lease_id: str) -> Row:
 
 def beat(hub: Hub, worker: str, lease_id: str, progress: Progress) -> dict[str, Any]:
     """Keep a lease alive. Raises `shard.already_accepted`, `round.closed` or `job.closed` where its work is no longer
-    wanted, `lease.lost` where it ran out."""
-    mine(hub, worker, lease_id)
+    wanted, `lease.lost` where it ran out or was held for longer than a round may last."""
+    lease = mine(hub, worker, lease_id)
     now = hub.clock()
+    longest = hub.recipe(hub.job(lease["job"])).round_deadline
     with hub.store.write() as db:
         _say_if_over(db, lease_id, now)
         kept = db.execute(
@@ -173,6 +180,7 @@ def beat(hub: Hub, worker: str, lease_id: str, progress: Progress) -> dict[str, 
                 schema.leases.c.id == lease_id,
                 schema.leases.c.state == Lease.HELD,
                 schema.leases.c.expires >= now,
+                schema.leases.c.taken >= now - longest,
             )
             .values(expires=now + LEASE_SECONDS, progress=progress.model_dump())
         )

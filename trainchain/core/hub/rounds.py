@@ -11,7 +11,7 @@ from trainchain.core import merge
 from trainchain.core.adapter import adapter_bytes, read_adapter
 from trainchain.core.checks import read_delta
 from trainchain.core.hub import jobs, schema
-from trainchain.core.hub.contributions import accepted
+from trainchain.core.hub.contributions import accepted, drop_unnamed, publish_round
 from trainchain.core.hub.leases import sweep
 from trainchain.core.hub.service import Hub, attempt
 from trainchain.core.hub.store import Row, move, one
@@ -66,7 +66,11 @@ def advance(hub: Hub, job: Row) -> bool:
 def _open_round(hub: Hub, job: Row, recipe: ResolvedRecipe, start: str) -> bool:
     """Open the next round, if the escrow covers all it can cost; else the job waits for money."""
     now, number = hub.clock(), job["round"] + 1
-    covered = job["funded"] - jobs.owed(hub, job["id"]) >= round_price(recipe, number)
+    escrow = hub.chain.job(job["id"])
+    if escrow is None or escrow.halted or escrow.deadline <= now:
+        with hub.store.write() as db:
+            return move(db, schema.jobs, job, Job.EXPIRED, now=now, data={"why": "the escrow takes no more work"})
+    covered = escrow.funded - jobs.owed(hub, job["id"]) >= round_price(recipe, number)
     with hub.store.write() as db:
         if not covered:
             return move(db, schema.jobs, job, Job.UNFUNDED, now=now, data={"round": number})
@@ -164,4 +168,7 @@ def _merge(hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row) -> bool:
             )
         if recipe.held_out:
             _ask_for_loss(db, job["id"], round_["round"], digest)
+        loose = publish_round(db, job["id"], round_["round"])
+    for refused in loose:
+        drop_unnamed(hub, refused)
     return True

@@ -166,6 +166,7 @@ objects = Table(
     Column("size", Integer, nullable=False),
     Column("public", Boolean, nullable=False),
     Column("present", Boolean, nullable=False),
+    Column("lease", ID),
 )
 
 nonces = Table(

@@ -29,11 +29,10 @@ class EscrowJob:
     hub: str
     deadline: int
     grace: int
+    activation_delay: int
     round_cap: int
     spec_hash: str
     funded: int
-    settled: int
-    round: int
     halted: bool
 
 

@@ -115,7 +115,7 @@ class AdaptedModel:
             raise TrainChainError(
                 "model.unreadable",
                 f"The model does not keep packed documents apart (logits off by {off:.1e}).",
-                hint="Try `attention: eager`; a model with state beyond attention cannot be trained packed.",
+                hint="A model with state beyond attention cannot be trained packed; choose another base.",
             )
 
 
