@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trainchain.cli import parent
 from trainchain.cli.bridge import open_hub_chain
 from trainchain.cli.output import Output
+from trainchain.cli.wiring import short
 from trainchain.core.errors import TrainChainError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def serve(
     import uvicorn
 
     from trainchain.chain import wallet
+    from trainchain.chain.provider import mask
     from trainchain.core.hub.api import create_app
     from trainchain.core.hub.service import Hub
     from trainchain.core.hub.steward import Steward
@@ -71,8 +73,9 @@ def serve(
         timeout_graceful_shutdown=2,
         h11_max_incomplete_event_size=64 << 10,
     )
+    shown = chain_url if chain_url.startswith("embedded:") else mask(chain_url)
     document = {"event": "ready", "url": url, "escrow": chain.escrow, "chain_id": chain.chain_id, "hub": chain.address}
-    out.event(document, f"hub      {url}  chain {chain_url} (id {chain.chain_id})  escrow {chain.escrow}")
+    out.event(document, f"hub      {url}\nchain    {shown}  id {chain.chain_id}  escrow {short(chain.escrow)}")
     if not out.json_mode:
         out.result(url, document)
     try:

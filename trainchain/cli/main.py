@@ -79,6 +79,8 @@ def run_command(argv: list[str]) -> int:
         return 143
     except BrokenPipeError:
         return 0
+    if result == 130:  # typer turns an interrupt into this
+        output.note("stopped")
     return result if isinstance(result, int) else 0
 
 

@@ -55,7 +55,7 @@ def serve_gpu(
     )
     out.event(
         {"event": "serving", "hub": settings.hub, "wallet": wallet.address, "threads": count},
-        f"serving  {settings.hub}  wallet {wallet.address}  {count} threads",
+        f"serving  {settings.hub}  wallet {wiring.short(wallet.address)}  {count} threads",
     )
     worker.run(shards=shards)
 
