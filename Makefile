@@ -22,7 +22,8 @@ check: $(VENV)/installed-dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/installed-dev
-	$(BIN)/python benchmarks/real_job.py --help
+	@test -n "$(MODEL)" || { echo "make bench MODEL=DIR TRAIN=FILE.jsonl EVAL=FILE.jsonl [FLAGS=--quick]"; exit 2; }
+	$(BIN)/python benchmarks/real_job.py --model $(MODEL) --train $(TRAIN) --eval $(EVAL) $(FLAGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -14,7 +14,7 @@ from trainchain.cli.output import Output, may_ask
 from trainchain.core.errors import TrainChainError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from trainchain.chain.escrow import ChainClient
@@ -139,7 +139,7 @@ def receipt_checker(chain: ChainClient, hub: str) -> Any:
     return check
 
 
-def job_checker(chain: ChainClient, told: Mapping[str, Any]) -> Any:
+def job_checker(chain: ChainClient, told: Mapping[str, Any], now: Callable[[], float] = time.time) -> Any:
     """A function that insists, before every lease, that the escrow holds money under the recipe's hash, to be settled
     by this hub in this token. `told` is what the hub says of its chain."""
 
@@ -152,7 +152,7 @@ def job_checker(chain: ChainClient, told: Mapping[str, Any]) -> Any:
             wrong = "it stands in escrow under another recipe"
         elif (job.hub.lower(), job.token.lower()) != (told["hub"].lower(), told["token"].lower()):
             wrong = f"its escrow is settled by {job.hub} in the token {job.token}, not as the hub says"
-        elif job.halted or job.deadline <= time.time():
+        elif job.halted or job.deadline <= now():
             wrong = "its owner has halted it, or its deadline has passed"
         if wrong:
             raise TrainChainError("job.invalid", f"Job {job_id} is not worth working for: {wrong}.")
