@@ -167,13 +167,14 @@ def load_recipe(path: Path) -> Recipe:
 
 def parse_recipe(text: str, where: str, folder: Path) -> Recipe:
     try:
+        _no_aliases(text)
         node = yaml.compose(text, Loader=_Loader)
         lines = _lines(node) if node else {}
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
+        problem = getattr(error, "problem", None) or "it nests too deeply, or is not YAML"
         raise TrainChainError(
             "recipe.not_yaml",
             f"{where}{line}: {problem}.",
@@ -196,6 +197,13 @@ def parse_recipe(text: str, where: str, folder: Path) -> Recipe:
 
 def _absolute(text: str, folder: Path) -> str:
     return text if "://" in text or text.startswith("azureml:") else str(folder / Path(text).expanduser())
+
+
+def _no_aliases(text: str) -> None:
+    """A page of aliases to aliases unfolds to more than fits in memory, and a recipe has no use for one."""
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases are not read in a recipe")
 
 
 def _lines(node: yaml.Node, path: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], int]:
