@@ -30,8 +30,7 @@ def claim(
 
     out = Output(json_mode=json_)
     settings = Settings.load(home, hub)
-    wallet = wiring.open_wallet(settings, out)
-    client = wiring.hub_client(settings, wallet)
+    client, wallet = wiring.signed_client(settings, out)
     chain = wiring.chain_of(client)
     jobs = [wiring.job_id_of(client, settings, job)] if job else collect.known_jobs(client, settings)
     document = collect.claim_all(client, chain, wallet, jobs, dry_run=dry_run)

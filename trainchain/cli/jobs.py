@@ -67,8 +67,7 @@ def reclaim(job: JobName, hub: HubUrl = None, home: Home = None, json_: Json = F
 
     out = Output(json_mode=json_)
     settings = Settings.load(home, hub)
-    wallet = wiring.open_wallet(settings, out)
-    client = wiring.hub_client(settings, wallet)
+    client, wallet = wiring.signed_client(settings, out)
     chain = wiring.chain_of(client)
     document = collect.reclaim(client, chain, wallet, wiring.job_id_of(client, settings, job))
     out.result(f"refunded {money.show(int(document['refunded']))} TRAIN to {wallet.address}", document)
@@ -88,7 +87,7 @@ def cancel(job: JobName, hub: HubUrl = None, home: Home = None, json_: Json = Fa
 
     out = Output(json_mode=json_)
     settings = Settings.load(home, hub)
-    client = wiring.hub_client(settings, wiring.open_wallet(settings, out))
+    client, _ = wiring.signed_client(settings, out)
     document = client.post(f"/v1/jobs/{wiring.job_id_of(client, settings, job)}/cancel")
     out.result(document["state"], document)
 

@@ -192,8 +192,7 @@ def publish(plan: Plan, settings: Settings, out: Output, confirm: Callable[[int]
     """Publish and fund a plan. Interrupted anywhere, the same call goes on where it stopped: nothing is paid twice."""
     from trainchain.core.settings import write_private
 
-    wallet = wiring.open_wallet(settings, out)
-    client = wiring.hub_client(settings, wallet)
+    client, wallet = wiring.signed_client(settings, out)
     chain = wiring.chain_of(client)
     recipe = plan.resolved
     confirm(recipe.pay.budget)
@@ -223,7 +222,7 @@ def publish(plan: Plan, settings: Settings, out: Output, confirm: Callable[[int]
 
 
 def _salt(intent_path: Path) -> str:
-    """The salt of an interrupted submission of this very recipe, else a fresh one."""
+    """The salt of an interrupted submit of this very recipe, else a fresh one."""
     try:
         return str(json.loads(intent_path.read_bytes())["salt"])
     except (OSError, ValueError, KeyError):

@@ -28,17 +28,15 @@ def serve_gpu(
       trainchain serve-gpu --hub http://127.0.0.1:7070 --threads 2 --shards 1 --json
     """
     from trainchain.cli import parent, wiring
-    from trainchain.core.settings import Settings, private_folder
+    from trainchain.core.settings import Settings
     from trainchain.core.worker.agent import Worker
     from trainchain.core.worker.child import Child, child_environment
 
     out = Output(json_mode=json_)
     settings = Settings.load(home, hub)
-    private_folder(settings.home)
     if with_parent:
         parent.end_with_parent()
-    wallet = wiring.open_wallet(settings, out)
-    client = wiring.hub_client(settings, wallet)
+    client, wallet = wiring.signed_client(settings, out)
     chain = wiring.chain_of(client)
     count = threads or os.cpu_count() or 1
     command = [sys.executable, "-m", "trainchain.core.train", "--threads", str(count)]

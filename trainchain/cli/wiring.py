@@ -56,6 +56,13 @@ def open_wallet(settings: Settings, out: Output) -> Wallet:
     return wallet.open(path, getpass.getpass(f"Password of {path}: "))
 
 
+def signed_client(settings: Settings, out: Output) -> tuple[HubClient, Wallet]:
+    """The hub as this home's wallet sees it. The hub is asked first: where there is none, no wallet is made."""
+    hub_client(settings).info()
+    wallet = open_wallet(settings, out)
+    return hub_client(settings, wallet), wallet
+
+
 def short(address: str) -> str:
     """An address or hash as people recognise it."""
     return f"{address[:6]}..{address[-4:]}"

@@ -41,7 +41,7 @@ class HubClient:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.url = url.rstrip("/")
-        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).netloc:
+        if not _is_address(self.url):
             raise TrainChainError("usage.flag", f"{url!r} is not the address of a hub.", hint="--hub https://...")
         self.address = address
         self.sent = 0
@@ -103,21 +103,23 @@ class HubClient:
         """
         data_path = target.with_name(f".{target.name}.{os.getpid()}.part")
         received = 0
-        with self._stream(f"/v1/objects/{digest}") as chunks, data_path.open("wb") as file:
-            for chunk in chunks:
-                received += len(chunk)
-                self.received += len(chunk)
-                if size is not None and received > size:
-                    raise TrainChainError("object.digest", f"The hub sent more than the {size} bytes of {digest}.")
-                file.write(chunk)
-        if (found := sha256_file(data_path)) != digest:
-            data_path.unlink()
-            raise TrainChainError(
-                "object.digest",
-                f"The hub sent other bytes than {digest}: they are {found}.",
-                hint="Try again; if it stays so, do not trust this hub.",
-            )
-        data_path.replace(target)
+        try:
+            with self._stream(f"/v1/objects/{digest}") as chunks, data_path.open("wb") as file:
+                for chunk in chunks:
+                    received += len(chunk)
+                    self.received += len(chunk)
+                    if size is not None and received > size:
+                        raise TrainChainError("object.digest", f"The hub sent more than the {size} bytes of {digest}.")
+                    file.write(chunk)
+            if (found := sha256_file(data_path)) != digest:
+                raise TrainChainError(
+                    "object.digest",
+                    f"The hub sent other bytes than {digest}: they are {found}.",
+                    hint="Try again; if it stays so, do not trust this hub.",
+                )
+            data_path.replace(target)
+        finally:
+            data_path.unlink(missing_ok=True)
 
     def object(self, digest: str, *, cap: int = 64 << 20) -> bytes:
         """A small public object, checked against its digest."""
@@ -129,7 +131,7 @@ class HubClient:
     def _document(self, answer: httpx.Response) -> dict[str, Any]:
         try:
             found = answer.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
             raise TrainChainError(
@@ -171,7 +173,7 @@ class HubClient:
                 self.sent += 0 if content else len(request.content)
                 if not stream or answer.status_code >= 400:
                     self.received += len(answer.read())
-            except (httpx.TransportError, OSError) as error:
+            except (httpx.RequestError, OSError) as error:
                 failure = str(error) or type(error).__name__
                 continue
             if answer.status_code < 400:
@@ -227,18 +229,26 @@ class _Streaming:
     def _chunks(self) -> Iterator[bytes]:
         try:
             yield from self._answer.iter_bytes(CHUNK)
-        except (httpx.TransportError, OSError) as error:
+        except (httpx.RequestError, OSError) as error:
             raise TrainChainError("hub.unreachable", f"A download broke off: {error}.") from None
 
     def __exit__(self, *_: object) -> None:
         self._answer.close()
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 80) > 0
+    except ValueError:
+        return False
+
+
 def _problem(answer: httpx.Response) -> TrainChainError | None:
     """The hub's problem document as the error it stands for; None where it is none of ours."""
     try:
         document = answer.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     code = document.get("code") if isinstance(document, dict) else None
     if not isinstance(code, str):

@@ -79,7 +79,7 @@ Small = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class DataEntry(_Strict):
@@ -181,7 +181,11 @@ def parse_recipe(text: str, where: str, folder: Path) -> Recipe:
             hint="Check indentation, colons and quotes there.",
         ) from None
     if not isinstance(value, dict):
-        raise TrainChainError("recipe.not_yaml", f"{where} is not a mapping of keys to values.")
+        raise TrainChainError(
+            "recipe.not_yaml",
+            f"{where} is not a mapping of keys to values.",
+            hint="Write lines such as `name: support-bot`.",
+        )
     try:
         recipe = Recipe.model_validate(value)
     except ValidationError as error:
@@ -226,7 +230,8 @@ def _explain(
     error: ValidationError, where: str, lines: dict[tuple[str | int, ...], int], value: object
 ) -> TrainChainError:
     """The first mistake as one clear message: where it is, what it is, what to write instead."""
-    first = min(error.errors(include_url=False), key=lambda e: lines.get(_known(e["loc"], lines), 1 << 30))
+    # A key that is missing is told last: it may stand there, misspelled.
+    first = min(error.errors(include_url=False), key=lambda e: (e["type"] == "missing", lines[_known(e["loc"], lines)]))
     place = _known(first["loc"], lines)
     line = f"{where}:{lines[place]}" if place else where
     keys = [str(part) for part in first["loc"]]

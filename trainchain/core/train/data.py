@@ -81,7 +81,7 @@ def load_documents(
                 raise bad_row(path, number, str(error)) from None
             found.add(document, sequence_len)
         if not found.rows:
-            raise TrainChainError("data.empty", f"{path.name} has no rows.")
+            raise TrainChainError("data.empty", f"{path.name} has no rows.", hint="It needs one JSON object a line.")
         every.extend(found)
     if not every.ids:
         names = ", ".join(path.name for path, _ in sources) or "The recipe"

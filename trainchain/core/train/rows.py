@@ -52,7 +52,7 @@ def format_of(path: Path) -> DataFormat:
     """The format of a file, read off its first row."""
     number, row = next(read_rows(path), (0, None))
     if row is None:
-        raise TrainChainError("data.empty", f"{path.name} has no rows.")
+        raise TrainChainError("data.empty", f"{path.name} has no rows.", hint="It needs one JSON object a line.")
     found = detect_format(row)
     if found is None:
         wanted = ", ".join(f"{' and '.join(fields)} ({name})" for name, fields in FIELDS.items())
@@ -127,4 +127,5 @@ def _text(row: Mapping[str, Any], key: str) -> str:
 
 def bad_row(path: Path, line: int, what: str) -> TrainChainError:
     """The error that names file and line; `what` continues the sentence."""
-    return TrainChainError("data.format", f"{path.name} line {line} {what}.", file=path.name, line=line)
+    hint = "Correct that line, or give `type:` the format that the file has."
+    return TrainChainError("data.format", f"{path.name} line {line} {what}.", hint=hint, file=path.name, line=line)
