@@ -79,6 +79,12 @@ def run_command(argv: list[str]) -> int:
         return 143
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        unusable = TrainChainError("usage.file", f"{error.filename}: {error.strerror}.", hint="Check that path.")
+        output.error(unusable)
+        return unusable.exit_code
     if result == 130:  # typer turns an interrupt into this
         output.note("stopped")
     return result if isinstance(result, int) else 0

@@ -25,7 +25,7 @@ def serve_gpu(
     \b
     Examples:
       trainchain serve-gpu --hub https://hub.example.org
-      trainchain serve-gpu --hub http://127.0.0.1:7070 --threads 2 --shards 1 --json
+      trainchain serve-gpu --hub http://127.0.0.1:7070 --shards 1 --json
     """
     from trainchain.cli import parent, wiring
     from trainchain.core.settings import Settings

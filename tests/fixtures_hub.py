@@ -1,0 +1,426 @@
+"""A real hub on loopback over an embedded chain: time stands still and its ticks are called by hand. No torch."""
+
+import secrets
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import uvicorn
+from sqlalchemy import select
+
+from trainchain.chain.devnet.node import Devnet
+from trainchain.chain.devnet.rpc import Rpc
+from trainchain.chain.eip712 import Domain
+from trainchain.chain.escrow import ChainClient
+from trainchain.chain.provider import EmbeddedProvider
+from trainchain.chain.records import JobParams
+from trainchain.chain.signin import SignIn, sign_in
+from trainchain.chain.wallet import Wallet
+from trainchain.cli.bridge import HubChain
+from trainchain.cli.hub_process import _bind as bind
+from trainchain.core.adapter import Adapter, adapter_bytes, read_adapter
+from trainchain.core.client import HubClient
+from trainchain.core.digests import sha256
+from trainchain.core.hub import cashier, rounds, schema
+from trainchain.core.hub.api import create_app
+from trainchain.core.hub.service import Hub
+from trainchain.core.hub.store import Store
+from trainchain.core.models import Counts, DataSet, FileRef, HeldOut, Lora, Merge, Pay, ResolvedRecipe, Training
+from trainchain.core.objects import ObjectStore
+from trainchain.core.rewards import job_price, round_cap
+from trainchain.core.settings import Settings
+
+COIN = 10**18
+LEARNING_RATE = 1e-2
+STEPS = 4
+REACH = 3 * LEARNING_RATE * STEPS
+SHAPES = {
+    f"base_model.model.{module}.lora_{side}.weight": shape
+    for module in ("layers.0.q_proj", "layers.0.up_proj")
+    for side, shape in (("A", (2, 6)), ("B", (5, 2)))
+}
+
+
+class Clock:
+    """What hub and chain go by; it moves only when a test says so."""
+
+    def __init__(self) -> None:
+        self.at = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.at
+
+    def forward(self, seconds: float) -> None:
+        self.at += seconds
+
+
+def no_sleep(seconds: float) -> None:
+    raise AssertionError("nothing here has to be waited for")
+
+
+def new_wallet() -> Wallet:
+    return Wallet(secrets.token_bytes(32))
+
+
+def numbers(seed: int, scale: float = REACH / 4) -> Adapter:
+    """Tensors of the adapter's shapes, none further than `scale` from zero."""
+    random = np.random.default_rng(seed)
+    return {name: random.uniform(-scale, scale, shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+INITIAL = adapter_bytes(
+    {name: tensor if "lora_A" in name else np.zeros_like(tensor) for name, tensor in numbers(0, 1.0).items()}
+)
+
+
+def ref(name: str, data: bytes) -> FileRef:
+    return FileRef(name=name, sha256=sha256(data), size=len(data))
+
+
+def recipe(
+    files: Mapping[str, bytes],
+    *,
+    rounds: int = 2,
+    shards: int = 2,
+    per_million: int = 2_500_000_000_000_000_123,
+    budget: int | None = None,
+    pay_deadline: int = 7200,
+    activation_delay: int = 0,
+    **changes: Any,
+) -> ResolvedRecipe:
+    """A job's resolved recipe by hand; every shard has its own count, so that no two pay the same."""
+    counts = [[Counts(rows=9, tokens=1001 + 7 * (r * shards + s), supervised=500) for s in range(shards)]
+              for r in range(rounds)]  # fmt: skip
+    held_out = None
+    if "held-out.jsonl" in files:
+        dataset = DataSet(file=ref("held-out.jsonl", files["held-out.jsonl"]), format="text", rows=3)
+        held_out = HeldOut(dataset=dataset, rows=3, tokens=40, supervised=30)
+    values: dict[str, Any] = {
+        "trainchain": 1,
+        "name": "tiny",
+        "base_model": [ref("model.safetensors", files["model.safetensors"])],
+        "datasets": [DataSet(file=ref("train-0.jsonl", files["train-0.jsonl"]), format="text", rows=9)],
+        "held_out": held_out,
+        "lora": Lora(r=2, alpha=4, targets=["layers.0.q_proj"], initial=ref("initial.safetensors", INITIAL)),
+        "training": Training(
+            sequence_len=64,
+            batch_size=4,
+            micro_batch_size=2,
+            learning_rate=LEARNING_RATE,
+            warmup_steps=1,
+            max_grad_norm=1.0,
+            weight_decay=0.0,
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            adam_epsilon=1e-8,
+            precision="fp32",
+            attention="sdpa",
+            seed=0,
+        ),
+        "rounds": rounds,
+        "shards": shards,
+        "steps": STEPS,
+        "round_deadline": 600,
+        "quorum": 0.5,
+        "merge": Merge(method="product-mean", encoding="fp32"),
+        "pay": Pay(
+            token="TRAIN",
+            per_million_tokens=per_million,
+            budget=1,
+            deadline=pay_deadline,
+            grace=600,
+            activation_delay=activation_delay,
+        ),
+        "counts": counts,
+    }
+    made = ResolvedRecipe(**{**values, **changes})
+    pay = made.pay.model_copy(update={"budget": job_price(made) * 2 if budget is None else budget})
+    return made.model_copy(update={"pay": pay})
+
+
+@dataclass
+class Town:
+    """One hub, its chain, and everybody who deals with it."""
+
+    root: Path
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        node = Devnet(self.root / "chain" / "town.sqlite", clock=self.clock)
+        self.chain = ChainClient(EmbeddedProvider(node), sleep=no_sleep)
+        self.rich = node.faucet()
+        self.token = self.chain.deploy(self.rich).token
+        self.keys, self.evaluator_keys = new_wallet(), new_wallet()
+        self.chain.transfer_gas(self.rich, self.keys.address, COIN)
+        self.port = HubChain(self.chain, self.keys, self.token, "/chain", self.rich)
+        self.port._rpc.node.close()
+        self._public = Devnet(node.path, clock=self.clock)  # the door for everybody goes by the same clock
+        self.port._rpc = Rpc(self._public, public=True)
+        self.http = httpx.Client(timeout=60, verify=False, trust_env=False)
+        self.start()
+        self.owner = self.person()
+        self.give(self.owner.address, 10**6 * COIN)
+
+    def give(self, address: str, tokens: int) -> None:
+        """What an account needs to open a job of that size."""
+        self.chain.transfer_gas(self.rich, address, 100 * COIN)
+        self.chain.transfer_token(self.rich, self.token, address, tokens)
+
+    def start(self) -> None:
+        """Start the hub's process, as it were: everything but its folder is new."""
+        self.hub = Hub(
+            Store(self.root / "hub.sqlite"),
+            ObjectStore(self.root / "objects"),
+            self.port,
+            clock=self.clock,
+            evaluators=frozenset({self.evaluator_keys.address}),
+        )
+        bound = bind("127.0.0.1:0")
+        self.host = f"127.0.0.1:{bound.getsockname()[1]}"
+        self.url = f"http://{self.host}"
+        config = uvicorn.Config(create_app(self.hub), log_config=None, access_log=False, lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [bound]}, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.hub.bell.close()
+        self._server.should_exit = True
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+        self.hub.store.close()
+
+    def close(self) -> None:
+        self.http.close()
+        self.stop()
+        self._public.close()
+        self.chain.close()
+
+    def ask(self, path: str) -> Any:
+        """What anybody is told."""
+        return self.http.get(self.url + path).raise_for_status().json()
+
+    def tick(self) -> None:
+        """Let the hub do all that is due, as its two threads would."""
+        for _ in range(100):
+            if not rounds.tick(self.hub) and not cashier.tick(self.hub):
+                return
+        raise AssertionError("the hub never comes to rest")
+
+    def person(self, wallet: Wallet | None = None) -> "Person":
+        return Person(self, wallet or new_wallet())
+
+    def rows(self, table: Any, **key: Any) -> list[dict[str, Any]]:
+        query = select(table).where(*(table.c[name] == value for name, value in key.items()))
+        with self.hub.store.read() as db:
+            return [dict(row) for row in db.execute(query.order_by(*table.primary_key)).mappings()]
+
+    def row(self, table: Any, **key: Any) -> dict[str, Any]:
+        (found,) = self.rows(table, **key)
+        return found
+
+    def publish(
+        self,
+        files: Mapping[str, bytes] | None = None,
+        *,
+        owner: "Person | None" = None,
+        escrow: int | None = None,
+        held_out: bool = False,
+        upload: bool = True,
+        **options: Any,
+    ) -> "Job":
+        """Publish a job over HTTP and fund it in the real escrow. `escrow` 0 leaves it without one."""
+        owner = owner or self.owner
+        files = files if files is not None else job_files(held_out=held_out)
+        made = recipe(files, **options)
+        salt = "0x" + secrets.token_hex(32)
+        answer = owner.post("/v1/jobs", {"recipe": made.model_dump(mode="json"), "salt": salt}).json()
+        job = Job(self, owner, made, answer["job"], salt, dict(files))
+        if upload:
+            bytes_of = {sha256(data): data for data in [*files.values(), INITIAL]}
+            for digest in answer["missing"]:
+                owner.put(f"/v1/jobs/{job.id}/objects/{digest}", bytes_of[digest]).raise_for_status()
+        if escrow != 0:
+            job.create_escrow(made.pay.budget if escrow is None else escrow)
+            owner.post(f"/v1/jobs/{job.id}/fund").raise_for_status()
+        self.tick()
+        return job
+
+
+def job_files(*, held_out: bool = False) -> dict[str, bytes]:
+    """Files that nobody else has."""
+    names = ["model.safetensors", "train-0.jsonl", *(["held-out.jsonl"] if held_out else [])]
+    return {name: f"{name} {secrets.token_hex(8)}".encode() for name in names}
+
+
+@dataclass
+class Job:
+    town: Town
+    owner: "Person"
+    recipe: ResolvedRecipe
+    id: str
+    salt: str
+    files: dict[str, bytes]
+
+    def create_escrow(self, amount: int, **changes: Any) -> None:
+        town, pay = self.town, self.recipe.pay
+        if town.chain.token_balance(town.token, self.owner.address) < amount:
+            town.give(self.owner.address, amount)
+        values: dict[str, Any] = {
+            "token": town.token,
+            "hub": town.keys.address,
+            "deadline": int(town.clock()) + pay.deadline,
+            "grace": pay.grace,
+            "activation_delay": pay.activation_delay,
+            "round_cap": round_cap(self.recipe),
+            "spec_hash": "0x" + self.recipe.spec_hash,
+            "salt": self.salt,
+        }
+        town.chain.create_job(self.owner.wallet, JobParams(**{**values, **changes}), amount)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        return self.town.row(schema.jobs, id=self.id)
+
+    @property
+    def state(self) -> str:
+        return str(self.row["state"])
+
+    def round(self, number: int) -> dict[str, Any]:
+        return self.town.row(schema.rounds, job=self.id, round=number)
+
+    def shards(self, number: int) -> list[str]:
+        return [row["state"] for row in self.town.rows(schema.shards, job=self.id, round=number)]
+
+    def view(self) -> dict[str, Any]:
+        return self.town.ask(f"/v1/jobs/{self.id}")
+
+
+class Person:
+    """A wallet that talks to the hub in plain HTTP, so that it can also say what no client of ours would."""
+
+    def __init__(self, town: Town, wallet: Wallet) -> None:
+        self.town = town
+        self.wallet = wallet
+        self.address = wallet.address
+        self._session = ("", 0.0)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of a request in this wallet's session; it signs in again where time has gone by."""
+        if self._session[1] < self.town.clock():
+            answer = self.post_sign_in(self.sign_in_fields()).raise_for_status().json()
+            self._session = (answer["token"], answer["expires"])
+        return {"authorization": f"Bearer {self._session[0]}"}
+
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        headers = {**self.headers, **options.pop("headers", {})}
+        return self.town.http.request(method, self.town.url + path, headers=headers, **options)
+
+    def get(self, path: str) -> httpx.Response:
+        return self.request("GET", path)
+
+    def post(self, path: str, document: Any = None) -> httpx.Response:
+        return self.request("POST", path, json={} if document is None else document)
+
+    def put(self, path: str, data: bytes) -> httpx.Response:
+        return self.request("PUT", path, content=data)
+
+    def sign_in_fields(self, **changes: Any) -> dict[str, Any]:
+        """What this wallet would sign to sign in now, over a nonce of the hub's."""
+        now = datetime.fromtimestamp(self.town.clock(), UTC)
+        nonce = self.town.http.post(f"{self.town.url}/v1/session/nonce").json()["nonce"]
+        fields = {
+            "domain": self.town.host,
+            "address": self.address,
+            "uri": self.town.url,
+            "chain_id": self.town.chain.chain_id,
+            "nonce": nonce,
+            "issued_at": now.isoformat(),
+            "expiration_time": (now + timedelta(days=1)).isoformat(),
+        }
+        return {**fields, **changes}
+
+    def post_sign_in(self, fields: dict[str, Any], *, by: Wallet | None = None) -> httpx.Response:
+        signature = sign_in(SignIn(**fields), by or self.wallet)
+        return self.town.http.post(f"{self.town.url}/v1/session", json={"fields": fields, "signature": signature})
+
+    def client(self) -> HubClient:
+        """The client that commands use, signed in as this wallet."""
+        return HubClient(
+            self.town.url,
+            address=self.address,
+            sign_in=lambda fields: sign_in(SignIn(**fields), self.wallet),
+            sleep=no_sleep,
+            now=lambda: datetime.fromtimestamp(self.town.clock(), UTC),
+        )
+
+    def settings(self, home: Path) -> Settings:
+        return Settings(home, self.town.url)
+
+    def lease(self, job: Job | None = None) -> dict[str, Any] | None:
+        answer = self.post("/v1/leases", {"job": job.id} if job else {}).raise_for_status()
+        return None if answer.status_code == 204 else answer.json()
+
+    def must_lease(self, job: Job | None = None) -> dict[str, Any]:
+        found = self.lease(job)
+        assert found is not None, "the hub has no work"
+        return found
+
+    def message(self, lease: Mapping[str, Any], delta: bytes, /, **changes: Any) -> dict[str, Any]:
+        return {
+            "jobId": lease["job"],
+            "round": lease["round"],
+            "shard": lease["shard"],
+            "lease": lease["lease"],
+            "worker": self.address,
+            "startHash": "0x" + lease["start"],
+            "deltaHash": "0x" + sha256(delta),
+            "stateRoot": "0x" + "5a" * 32,
+            "encoding": "fp32",
+            "numericClass": "test",
+            **changes,
+        }
+
+    def signed(self, message: Mapping[str, Any], *, by: Wallet | None = None) -> dict[str, Any]:
+        domain = Domain(self.town.chain.chain_id, self.town.chain.escrow)
+        signature = (by or self.wallet).sign_typed(domain, "Contribution", dict(message))
+        return {"contribution": dict(message), "signature": signature, "losses": [2.5, 1.5], "seconds": 1.0}
+
+    def upload(self, lease: Mapping[str, Any], delta: bytes) -> httpx.Response:
+        return self.put(f"/v1/leases/{lease['lease']}/objects/{sha256(delta)}", delta)
+
+    def hand_in(self, lease: Mapping[str, Any], document: Any) -> httpx.Response:
+        return self.post(f"/v1/leases/{lease['lease']}/contribution", document)
+
+    def contribute(
+        self, lease: Mapping[str, Any], delta: bytes | Adapter | int | None = None, /, **changes: Any
+    ) -> httpx.Response:
+        """Upload a delta (by default one that nobody else has) and hand in a signed contribution of it."""
+        if delta is None or isinstance(delta, int):
+            delta = numbers(delta if isinstance(delta, int) else secrets.randbits(63))
+        data = delta if isinstance(delta, bytes) else adapter_bytes(delta)
+        uploaded = self.upload(lease, data)
+        if uploaded.status_code >= 400:
+            return uploaded
+        return self.hand_in(lease, self.signed(self.message(lease, data, **changes)))
+
+    def work(self, job: Job) -> dict[str, Any]:
+        """Lease one shard, contribute to it honestly, return the receipt."""
+        answer = self.contribute(self.must_lease(job))
+        assert answer.status_code == 200, answer.text
+        receipt: dict[str, Any] = answer.json()
+        return receipt
+
+    def fetch(self, digest: str) -> bytes:
+        answer = self.get(f"/v1/objects/{digest}").raise_for_status()
+        assert sha256(answer.content) == digest
+        return answer.content
+
+    def fetch_adapter(self, digest: str) -> Adapter:
+        return read_adapter(self.fetch(digest))

@@ -1,0 +1,139 @@
+"""The cheap checks, byte by byte. What the hub makes of them stands in the integration tests."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests.fixtures_hub import REACH, SHAPES, STEPS, job_files, numbers, recipe
+from trainchain.core.adapter import adapter_bytes
+from trainchain.core.checks import delta_cap, read_delta
+from trainchain.core.errors import TrainChainError
+
+TRAINING = recipe(job_files()).training
+NAME = min(SHAPES)
+
+
+def code_of(data: bytes) -> str:
+    with pytest.raises(TrainChainError) as caught:
+        read_delta(data, SHAPES, TRAINING, STEPS)
+    assert 400 <= caught.value.status < 500
+    return caught.value.code
+
+
+def with_header(header: bytes, body: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(header)) + header + body
+
+
+def test_a_good_delta_comes_out_as_it_went_in() -> None:
+    tensors = numbers(1)
+
+    found = read_delta(adapter_bytes(tensors), SHAPES, TRAINING, STEPS)
+
+    assert list(found) == sorted(SHAPES)
+    assert all(np.array_equal(found[name], tensors[name]) for name in SHAPES)
+
+
+def test_the_order_in_the_file_does_not_matter() -> None:
+    tensors = numbers(1)
+    shuffled = safetensors.numpy.save(dict(reversed(tensors.items())), metadata={"made": "elsewhere"})
+
+    found = read_delta(shuffled, SHAPES, TRAINING, STEPS)
+
+    assert all(np.array_equal(found[name], tensors[name]) for name in SHAPES)
+
+
+def test_a_delta_of_zeros_is_a_delta() -> None:
+    read_delta(adapter_bytes({n: np.zeros_like(t) for n, t in numbers(1).items()}), SHAPES, TRAINING, STEPS)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0" * 7,
+        b"\0" * 8,
+        b"\x80\x05pickle",
+        with_header(b""),
+        with_header(b"{"),
+        with_header(b"[]"),
+        with_header(b"null"),
+        with_header(b"\xff\xfe"),
+        with_header(b"[" * 5000),
+        (2**63).to_bytes(8, "little") + b"{}",
+        (2**64 - 1).to_bytes(8, "little"),
+        with_header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,8]}}', b"\0" * 4),
+        with_header(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', b"\0" * 4),
+        with_header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}', b"\0" * 4),
+        with_header(b'{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4),
+        with_header(b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}'),
+        with_header(b'{"a":{"dtype":"F32","shape":[18446744073709551616],"data_offsets":[0,0]}}'),
+        with_header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 5),
+    ],
+)
+def test_what_is_no_safetensors_file_is_refused(data: bytes) -> None:
+    assert code_of(data) == "delta.not_safetensors"
+
+
+def test_two_tensors_cannot_share_their_bytes() -> None:
+    header = {
+        name: {"dtype": "F32", "shape": list(shape), "data_offsets": [0, 4 * int(np.prod(shape))]}
+        for name, shape in SHAPES.items()
+    }
+
+    assert code_of(with_header(json.dumps(header).encode(), b"\0" * 48)) == "delta.not_safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({NAME: None}, "delta.missing_tensor"),
+        ({"lm_head.weight": np.zeros(1, np.float32)}, "delta.extra_tensor"),
+        ({NAME: np.zeros(SHAPES[NAME], np.float64)}, "delta.wrong_dtype"),
+        ({NAME: np.zeros(SHAPES[NAME], np.float16)}, "delta.wrong_dtype"),
+        ({NAME: np.zeros(SHAPES[NAME], np.int32)}, "delta.wrong_dtype"),
+        ({NAME: np.zeros((1, *SHAPES[NAME]), np.float32)}, "delta.wrong_shape"),
+        ({NAME: np.zeros(SHAPES[NAME][::-1], np.float32)}, "delta.wrong_shape"),
+        ({NAME: np.zeros((0, 6), np.float32)}, "delta.wrong_shape"),
+        ({NAME: np.full(SHAPES[NAME], np.nan, np.float32)}, "delta.not_finite"),
+        ({NAME: np.full(SHAPES[NAME], np.inf, np.float32)}, "delta.not_finite"),
+        ({NAME: np.full(SHAPES[NAME], 1.01 * REACH, np.float32)}, "delta.out_of_reach"),
+        ({NAME: np.full(SHAPES[NAME], -1.01 * REACH, np.float32)}, "delta.out_of_reach"),
+        ({NAME: np.full(SHAPES[NAME], 3e38, np.float32)}, "delta.out_of_reach"),
+    ],
+)
+def test_one_wrong_tensor_refuses_the_delta(change: dict[str, np.ndarray | None], code: str) -> None:
+    tensors = {name: tensor for name, tensor in {**numbers(2), **change}.items() if tensor is not None}
+
+    assert code_of(safetensors.numpy.save(tensors)) == code
+
+
+def test_one_element_is_enough() -> None:
+    for value, code in ((np.nan, "delta.not_finite"), (REACH * 1.5, "delta.out_of_reach")):
+        tensors = numbers(3)
+        tensors[NAME][-1, -1] = value
+        assert code_of(adapter_bytes(tensors)) == code
+
+
+def test_the_reach_grows_with_steps_and_learning_rate() -> None:
+    data = adapter_bytes({**numbers(1), NAME: np.full(SHAPES[NAME], 1.5 * REACH, np.float32)})
+
+    assert code_of(data) == "delta.out_of_reach"
+    read_delta(data, SHAPES, TRAINING, 2 * STEPS)
+    read_delta(data, SHAPES, TRAINING.model_copy(update={"learning_rate": 2 * TRAINING.learning_rate}), STEPS)
+
+
+def test_a_message_never_carries_a_stranger_s_novel() -> None:
+    with pytest.raises(TrainChainError) as caught:
+        read_delta(adapter_bytes({**numbers(1), "x" * 100_000: np.zeros(1, np.float32)}), SHAPES, TRAINING, STEPS)
+
+    assert len(caught.value.message) < 400
+
+
+def test_the_cap_has_room_for_every_honest_delta_and_little_more() -> None:
+    honest = adapter_bytes(numbers(1))
+
+    assert len(honest) <= delta_cap(SHAPES) < len(honest) + 8192
+    assert delta_cap({"a" * 100: (4096, 64)}) >= len(adapter_bytes({"a" * 100: np.zeros((4096, 64), np.float32)}))

@@ -1,0 +1,159 @@
+"""What a command says: the answer on stdout, talk on stderr, one JSON document and nothing else."""
+
+import io
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from trainchain.cli import main as cli
+from trainchain.cli.output import Output, may_ask
+from trainchain.core.errors import TrainChainError
+
+
+@pytest.fixture(autouse=True)
+def no_signal_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    out, err = capsys.readouterr()
+    return out, err
+
+
+def test_people_and_pipes_get_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    out = Output(json_mode=False)
+
+    out.note("working")
+    out.result("0xjob", {"job": "0xjob"})
+    out.hint("look")
+    out.hint("")
+
+    assert said(capsys) == ("0xjob\n", "working\nhint: look\n")
+
+
+def test_programs_get_one_document(capsys: pytest.CaptureFixture[str]) -> None:
+    out = Output(json_mode=True)
+
+    out.note("working")
+    out.result("0xjob", {"job": "0xjob"})
+
+    text, talk = said(capsys)
+    assert json.loads(text) == {"ok": True, "job": "0xjob"}
+    assert text.count("\n") == 1
+    assert talk == "working\n"
+
+
+def test_events_are_lines_for_programs_and_talk_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    Output(json_mode=True).event({"event": "leased"}, "leased a shard")
+    Output(json_mode=False).event({"event": "leased"}, "leased a shard")
+    Output(json_mode=False).event({"event": "step"}, None)
+
+    assert said(capsys) == ('{"event": "leased"}\n', "leased a shard\n")
+
+
+def test_a_failure_is_a_document_too(capsys: pytest.CaptureFixture[str]) -> None:
+    error = TrainChainError("job.unknown", "No such job.", hint="trainchain jobs ls")
+
+    Output(json_mode=True).error(error)
+
+    text, talk = said(capsys)
+    told = {"code": "job.unknown", "message": "No such job.", "hint": "trainchain jobs ls"}
+    assert json.loads(text) == {"ok": False, "error": told}
+    assert talk == "error[job.unknown] No such job.\nhint: trainchain jobs ls\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_no_name_can_crash_a_command(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    name = "Zoë 模型 \ud800 \U0001f600"
+
+    Output(json_mode=False).result(name, {})
+    Output(json_mode=True).result("", {"name": name})
+    Output(json_mode=False).note(name)
+
+    stdout.seek(0)
+    first, document = stdout.read().splitlines()
+    assert first.startswith("Zo")
+    assert json.loads(document)["name"] == name
+    stderr.seek(0)
+    assert stderr.read().startswith("Zo")
+    stdout.close()
+    stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["nothing"], 2),
+        (["jobs", "shwo"], 2),
+        (["--nothing"], 2),
+        (["run"], 2),
+        (["run", "recipe.yaml", "--workers", "0"], 2),
+        (["run", "recipe.yaml", "--workers", "many"], 2),
+        (["pull", "job", "--round", "x"], 2),
+        (["serve-gpu", "--threads", "0"], 2),
+        (["claim", "--nothing"], 2),
+        (["wallet", "show", "--home", "there-is-no-such-home"], 7),
+        (["submit", "there-is-no-such-recipe.yaml"], 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("json_mode", [False, True])
+def test_a_failure_is_one_message_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str], argv: list[str], code: int, json_mode: bool
+) -> None:
+    assert cli.run_command([*argv, *(["--json"] if json_mode else [])]) == code
+
+    text, talk = said(capsys)
+    assert talk.count("error[") == 1
+    assert "Traceback" not in talk
+    assert len(talk.splitlines()) <= 3
+    if json_mode:
+        document = json.loads(text)
+        assert document["ok"] is False
+        assert set(document["error"]) == {"code", "message", "hint"}
+        assert document["error"]["message"].endswith((".", "?"))
+    else:
+        assert text == ""
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "app", broken)
+
+    with pytest.raises(ZeroDivisionError):
+        cli.run_command(["jobs", "ls"])
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [(KeyboardInterrupt(), 130), (cli._Terminated(), 143), (BrokenPipeError(), 0)]
+)
+def test_being_stopped_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], raised: BaseException, code: int
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(cli, "app", stopped)
+
+    assert cli.run_command(["jobs", "ls"]) == code
+    assert "Traceback" not in said(capsys)[1]
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    from trainchain import __version__
+
+    assert cli.run_command(["--version"]) == 0
+    assert said(capsys) == (f"{__version__}\n", "")
+
+
+def test_nobody_is_asked_where_nobody_can_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+
+    assert not may_ask()
