@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from trainchain import __version__
 from trainchain.core.errors import TrainChainError
@@ -104,6 +105,10 @@ def create_app(hub: Hub) -> FastAPI:
     async def malformed(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         return problem(TrainChainError("http.bad_request", f"{first['loc'][-1]}: {first['msg']}."))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, __: ClientDisconnect) -> Response:
+        return problem(TrainChainError("http.bad_request", "The body broke off."))
 
     @app.exception_handler(Exception)
     async def bug(_: Request, error: Exception) -> Response:
