@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +35,18 @@ def known_jobs(client: HubClient, settings: Settings) -> list[str]:
     return sorted(here | set(client.get("/v1/earned", signed=True)["jobs"]))
 
 
-def due(client: HubClient, chain: ChainClient, wallet: Wallet, job_id: str) -> Due | None:
+def due(
+    client: HubClient, chain: ChainClient, wallet: Wallet, job_id: str, now: Callable[[], float] = time.time
+) -> Due | None:
     """What the newest active settlement of a job owes this wallet; None where nothing is settled yet.
 
     The hub's leaves file must be the one whose root, total and digest stand on chain: `settlement.mismatch` if not.
     """
     from trainchain.chain.settlement import check_against_chain, proof_for
 
-    active = [one for one in chain.settlements(job_id) if one.active_at <= chain.now()]
+    # A hub's own chain makes a block only when somebody transacts: its time is the clock's, not the last block's.
+    here = now() if client.info()["chain"]["embedded"] else chain.now()
+    active = [one for one in chain.settlements(job_id) if one.active_at <= here]
     if not active:
         return None
     settled = active[-1]
@@ -53,10 +59,16 @@ def due(client: HubClient, chain: ChainClient, wallet: Wallet, job_id: str) -> D
 
 
 def claim_all(
-    client: HubClient, chain: ChainClient, wallet: Wallet, jobs: list[str], *, dry_run: bool = False
+    client: HubClient,
+    chain: ChainClient,
+    wallet: Wallet,
+    jobs: list[str],
+    *,
+    dry_run: bool = False,
+    now: Callable[[], float] = time.time,
 ) -> dict[str, Any]:
     """Claim what every job owes this wallet. Running it twice pays once."""
-    found = [one for job in jobs if (one := due(client, chain, wallet, job)) is not None]
+    found = [one for job in jobs if (one := due(client, chain, wallet, job, now)) is not None]
     if not dry_run and any(one.amount for one in found):
         _need_gas(client, chain, wallet)
     rows: list[dict[str, Any]] = []

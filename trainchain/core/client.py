@@ -123,9 +123,16 @@ class HubClient:
 
     def object(self, digest: str, *, cap: int = 64 << 20) -> bytes:
         """A small public object, checked against its digest."""
-        data = self._request("GET", f"/v1/objects/{digest}", signed=self._sign_in is not None).content
+        data = b""
+        answer = self._request("GET", f"/v1/objects/{digest}", signed=self._sign_in is not None, stream=True)
+        with _Streaming(answer) as chunks:
+            for chunk in chunks:
+                self.received += len(chunk)
+                data += chunk
+                if len(data) > cap:
+                    break
         if len(data) > cap or sha256(data) != digest:
-            raise TrainChainError("object.digest", f"The hub sent other bytes than {digest}.")
+            raise TrainChainError("object.digest", f"The hub sent other bytes than {digest}, or more than {cap}.")
         return data
 
     def _document(self, answer: httpx.Response) -> dict[str, Any]:

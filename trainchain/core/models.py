@@ -32,9 +32,9 @@ Positive = Annotated[int, Field(ge=1, le=MAX_INT)]
 
 
 class Model(BaseModel):
-    """Frozen; an unknown field is an error; numbers are not read out of strings."""
+    """Frozen; an unknown field is an error; numbers are finite, and are not read out of strings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class FileRef(Model):

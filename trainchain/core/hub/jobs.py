@@ -1,6 +1,5 @@
 """Publishing a job: its resolved recipe, its objects, and the escrow that must cover it."""
 
-import math
 from typing import Any
 
 from sqlalchemy import insert, select, update
@@ -89,8 +88,6 @@ def _check(recipe: ResolvedRecipe) -> None:
         raise TrainChainError("job.invalid", "A file of the job is larger than 1 TiB.")
     if not 0 < recipe.quorum <= 1 or not 0 < recipe.training.learning_rate <= 1:
         raise TrainChainError("job.invalid", "Quorum and learning rate lie between 0 and 1.")
-    if not all(math.isfinite(value) for value in recipe.training.model_dump().values() if isinstance(value, float)):
-        raise TrainChainError("job.invalid", "A training parameter is not a finite number.")
     if (price := job_price(recipe)) > recipe.pay.budget:
         raise TrainChainError(
             "money.budget_too_small",
