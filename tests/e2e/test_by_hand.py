@@ -54,4 +54,7 @@ def test_owner_and_two_workers_by_hand(machine: Machine, tiny_job: Path) -> None
     assert json.loads(early.stdout)["error"]["code"] == "money.too_early"
     chains = [path for path in machine.root.rglob("*.sqlite") if "chain" in path.parts]
     assert [path.relative_to(machine.root).parts[0] for path in chains] == ["operator"]
+    loaded = Path(f"/proc/{hub.process.pid}/maps").read_text(encoding="utf-8")
+    assert "libtorch" not in loaded
+    assert all(row["loss"] for row in shown["evaluations"])
     assert hub.stop() == 143
