@@ -125,6 +125,17 @@ def test_a_hub_that_is_away_is_asked_a_few_times_with_growing_pauses(slept: list
     assert slept[-1] > slept[0]
 
 
+def test_a_hub_that_never_answers_is_given_up(slept: list[float]) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        client = HubClient(f"http://127.0.0.1:{silent.getsockname()[1]}", patience=0.05, sleep=slept.append)
+
+        error = failure(client.info)
+
+        client.close()
+    assert (error.code, error.exit_code) == ("hub.unreachable", 3)
+    assert len(slept) < ATTEMPTS - 1
+
+
 def test_a_hub_that_comes_back_is_not_missed(server: Server, client: HubClient, slept: list[float]) -> None:
     server.answers["*"] = [(500, b"oops", {}), (503, b"", {}), answer({"jobs": []})]
 

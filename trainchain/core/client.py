@@ -16,7 +16,10 @@ from trainchain.core.errors import CODES, TrainChainError
 from trainchain.core.models import PROTOCOL
 
 ATTEMPTS = 6
-TIMEOUT = 20.0
+PATIENCE = 30.0
+"""Seconds for an answer; the longest long poll is 25."""
+UPLOAD_PATIENCE = 600.0
+"""Seconds for the answer to an upload: the hub writes and hashes all of it first."""
 _STANDARD = frozenset({"type", "title", "status", "detail", "code", "hint"})
 
 Signer = Callable[[dict[str, Any]], str]
@@ -37,6 +40,7 @@ class HubClient:
         address: str | None = None,
         sign_in: Signer | None = None,
         attempts: int = ATTEMPTS,
+        patience: float = PATIENCE,
         sleep: Callable[[float], None] = time.sleep,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -49,13 +53,12 @@ class HubClient:
         """Bytes of request and answer bodies so far."""
         self._sign_in = sign_in
         self.attempts = attempts
+        self._patience = patience
         self._sleep = sleep
         self._now = now
         self._token: str | None = None
         self._info: dict[str, Any] | None = None
-        self._http = httpx.Client(
-            timeout=httpx.Timeout(TIMEOUT, read=60.0), headers={"trainchain-protocol": str(PROTOCOL)}
-        )
+        self._http = httpx.Client(timeout=httpx.Timeout(patience), headers={"trainchain-protocol": str(PROTOCOL)})
 
     def close(self) -> None:
         self._http.close()
@@ -164,6 +167,7 @@ class HubClient:
     ) -> httpx.Response:
         """Send until the hub answers, at most `attempts` times with growing pauses; sign in where needed."""
         failure = ""
+        timeout = httpx.Timeout(UPLOAD_PATIENCE if content else self._patience, connect=self._patience)
         renewed = False
         attempt = 0
         while attempt < self.attempts:
@@ -175,13 +179,17 @@ class HubClient:
                 extra["authorization"] = f"Bearer {self._session()}"
             try:
                 payload = content() if content else None
-                request = self._http.build_request(method, self.url + path, headers=extra, content=payload, **options)
+                request = self._http.build_request(
+                    method, self.url + path, headers=extra, content=payload, timeout=timeout, **options
+                )
                 answer = self._http.send(request, stream=stream)
                 self.sent += 0 if content else len(request.content)
                 if not stream or answer.status_code >= 400:
                     self.received += len(answer.read())
             except (httpx.RequestError, OSError) as error:
                 failure = str(error) or type(error).__name__
+                if isinstance(error, httpx.TimeoutException):
+                    attempt += 1  # it cost as much as several refusals
                 continue
             if answer.status_code < 400:
                 return answer
