@@ -13,6 +13,7 @@ import pytest
 from tests.e2e.conftest import COMMAND, PATIENCE, Machine, write_recipe
 from trainchain.chain import escrow
 from trainchain.chain.settlement import check_against_chain
+from trainchain.core.digests import sha256_file
 from trainchain.core.objects import ObjectStore
 
 
@@ -100,6 +101,18 @@ def test_nothing_comes_from_the_owners_disk_but_by_digest(finished: dict[str, An
     spec = finished["document"]["spec_hash"]
     recipe = (state / "worker-1" / "cache" / "objects" / spec[:2] / spec[2:]).read_text(encoding="utf-8")
     assert str(job) not in recipe
+
+
+def test_only_the_hubs_own_child_sees_the_held_out_data(finished: dict[str, Any]) -> None:
+    digest = sha256_file(finished["job"] / "held_out.jsonl")
+
+    holders = {path.relative_to(finished["folder"] / "state").parts[0] for path in _copies(finished["folder"], digest)}
+
+    assert holders == {"hub"}
+
+
+def _copies(folder: Path, digest: str) -> list[Path]:
+    return [path for path in (folder / "state").rglob(digest[2:]) if path.parent.name == digest[:2]]
 
 
 def test_interrupted_run_leaves_no_child_and_goes_on_with_the_same_job(machine: Machine, tiny_job: Path) -> None:

@@ -145,6 +145,12 @@ class ResolvedRecipe(Model):
         """sha256 of the canonical JSON: the 32 bytes that stand in escrow."""
         return sha256(self.canonical())
 
+    def only_held_out(self, digest: str) -> bool:
+        """Whether a file serves to judge the job and for nothing else in it."""
+        if self.held_out is None or digest != self.held_out.dataset.file.sha256:
+            return False
+        return all(digest != ref.sha256 for ref in [*self.base_model, *(data.file for data in self.datasets)])
+
     def files(self) -> list[FileRef]:
         """Every object the job needs, each once."""
         held_out = [self.held_out.dataset.file] if self.held_out else []

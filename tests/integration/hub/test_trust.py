@@ -128,3 +128,15 @@ def test_refused_uploads_do_not_pile_up(town: Town, anna: Person) -> None:
 
     assert all(town.hub.objects.size(sha256(delta)) is None for delta in refused)
     assert [row for row in town.rows(schema.objects, job=job.id) if row["lease"]] != []
+
+
+def test_who_trains_does_not_see_what_the_job_is_judged_by(town: Town, anna: Person) -> None:
+    job = town.publish(held_out=True)
+    evaluator = town.person(town.evaluator_keys)
+    held_out, train = (sha256(job.files[name]) for name in ("held-out.jsonl", "train-0.jsonl"))
+    anna.must_lease(job)
+    evaluator.must_lease()
+
+    assert anna.fetch(train) == job.files["train-0.jsonl"]
+    assert anna.get(f"/v1/objects/{held_out}").json()["code"] == "object.unknown"
+    assert job.owner.fetch(held_out) == evaluator.fetch(held_out) == job.files["held-out.jsonl"]

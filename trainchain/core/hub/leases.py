@@ -229,17 +229,22 @@ def extend_all(hub: Hub) -> None:
 
 
 def may_read(hub: Hub, wallet: str, digest: str) -> bool:
-    """Whether a wallet may read an object that is not public: the job's owner, and who was ever leased a part."""
+    """Whether a wallet may read an object that is not public: the job's owner, and who was ever leased a part of it.
+
+    Held-out data is for the owner and the hub's evaluating child alone: who trains must not see what it is judged by.
+    """
     objects, jobs, leases = schema.objects, schema.jobs, schema.leases
     leased = select(leases.c.id).where(leases.c.job == objects.c.job, leases.c.worker == wallet).exists()
     query = (
-        select(objects.c.digest)
-        .join(jobs, jobs.c.id == objects.c.job)
+        select(jobs)
+        .join(objects, jobs.c.id == objects.c.job)
         .where(objects.c.digest == digest, objects.c.present, or_(jobs.c.owner == wallet, leased))
-        .limit(1)
     )
     with hub.store.read() as db:
-        return db.execute(query).first() is not None
+        rows = list(db.execute(query).mappings())
+    return any(
+        job["owner"] == wallet or wallet in hub.evaluators or not hub.recipe(job).only_held_out(digest) for job in rows
+    )
 
 
 def is_public(hub: Hub, digest: str) -> bool:

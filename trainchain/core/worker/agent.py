@@ -125,7 +125,7 @@ class Worker:
                 raise
 
     def _prepare(self, lease: Lease) -> JobFiles:
-        files = self._cache.job(self._client, lease.job, lease.spec_hash)
+        files = self._cache.job(self._client, lease.job, lease.spec_hash, held_out=lease.kind == "evaluate")
         if self._open != lease.job or not self._child.alive:
             request = {
                 "op": "open",

@@ -40,14 +40,19 @@ class Cache:
         self._checked.add(digest)
         return path
 
-    def job(self, client: HubClient, job_id: str, spec_hash: str) -> JobFiles:
-        """Everything a job needs. Raises `object.digest` where the hub's recipe is not the one in escrow."""
+    def job(self, client: HubClient, job_id: str, spec_hash: str, *, held_out: bool) -> JobFiles:
+        """What a lease of a job needs; held-out data only to measure with, since nobody else is given it.
+
+        Raises `object.digest` where the hub's recipe is not the one in escrow.
+        """
         path = self.object(client, spec_hash)
         recipe = parse(ResolvedRecipe, path.read_bytes(), code="job.invalid", what=f"The recipe of {job_id}")
         if recipe.spec_hash != spec_hash:
             raise TrainChainError("object.digest", f"The recipe of {job_id} is not in its canonical form.")
-        data = {dataset.file.sha256: self.object(client, dataset.file.sha256, dataset.file.size)
-                for dataset in [*recipe.datasets, *([recipe.held_out.dataset] if recipe.held_out else [])]}  # fmt: skip
+        files = [dataset.file for dataset in recipe.datasets]
+        if held_out and recipe.held_out is not None:
+            files.append(recipe.held_out.dataset.file)
+        data = {ref.sha256: self.object(client, ref.sha256, ref.size) for ref in files}
         return JobFiles(recipe, path, self._model(client, recipe.base_model), data)
 
     def _model(self, client: HubClient, files: list[FileRef]) -> Path:
