@@ -9,6 +9,9 @@ from tests.e2e.conftest import Machine, write_recipe
 def test_owner_and_two_workers_by_hand(machine: Machine, tiny_job: Path) -> None:
     hub, url = machine.start_hub()
     recipe = write_recipe(tiny_job, "by-hand")
+    workers = [machine.start(name, "serve-gpu", "--hub", url, "--threads", "1") for name in ("ada", "bob")]
+    for worker in workers:  # both ask for work before there is any, so that each gets some
+        worker.wait_for(lambda event: event["event"] == "serving")
 
     submitted = machine.run("owner", "submit", str(recipe), "--yes", hub=url)
     assert submitted.returncode == 0, submitted.stderr
@@ -16,7 +19,6 @@ def test_owner_and_two_workers_by_hand(machine: Machine, tiny_job: Path) -> None
     assert job.startswith("0x")
     assert len(job) == 66
 
-    workers = [machine.start(name, "serve-gpu", "--hub", url, "--threads", "1") for name in ("ada", "bob")]
     for worker in workers:
         worker.wait_for(lambda event: event["event"] == "accepted")
     shown = machine.answer("owner", "jobs", "show", "@last", hub=url)

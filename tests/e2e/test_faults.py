@@ -47,11 +47,13 @@ def test_killed_worker_costs_its_shard_and_nothing_else(machine: Machine, tiny_j
 
 def test_killed_hub_goes_on_with_the_same_round(machine: Machine, tiny_job: Path) -> None:
     hub, url = machine.start_hub()
-    recipe = write_recipe(tiny_job, "hub-dies", rounds=2, shards=3, steps=150)
-    job = machine.answer("owner", "submit", str(recipe), "--yes", hub=url)["job"]
+    recipe = write_recipe(tiny_job, "hub-dies", rounds=2, shards=6, steps=300)
     workers = [machine.start(name, "serve-gpu", "--hub", url, "--threads", "1") for name in ("ada", "bob")]
+    for worker in workers:
+        worker.wait_for(lambda event: event["event"] == "serving")
+    job = machine.answer("owner", "submit", str(recipe), "--yes", hub=url)["job"]
     first = workers[0].wait_for(lambda event: event["event"] == "accepted")
-    workers[0].wait_for(lambda event: event["event"] == "step" and event["shard"] != first["shard"])
+    workers[0].wait_for(lambda event: event["event"] == "leased" and event["shard"] != first["shard"])
 
     hub.kill()
     restarted, again = machine.start_hub(url.removeprefix("http://"))
@@ -64,7 +66,7 @@ def test_killed_hub_goes_on_with_the_same_round(machine: Machine, tiny_job: Path
     for shard in view["rounds_done"][0]["shards"]:
         assert kept.get(shard["shard"], shard["delta"]) == shard["delta"]
     assert [row["state"] for row in view["rounds_done"]] == ["merged", "merged"]
-    assert sum(worker["accepted"] for worker in view["workers"].values()) == 6
+    assert sum(worker["accepted"] for worker in view["workers"].values()) == 12
     for worker in workers:
         worker.stop()
     _paid_once(machine, url, view, ("ada", "bob"))

@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ CREATE TABLE IF NOT EXISTS log (block INTEGER NOT NULL, place INTEGER NOT NULL, 
 CREATE INDEX IF NOT EXISTS log_topics ON log (address, topic0, topic1);
 """
 
+_WAL_TRIES = 200
+
 
 class Store(BaseDB):  # type: ignore[misc]  # py-evm has no types
     """The file. One connection behind one lock: py-evm is no more made for threads than a cursor is."""
@@ -30,11 +33,22 @@ class Store(BaseDB):  # type: ignore[misc]  # py-evm has no types
         self.lock = threading.RLock()
         self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
         # NORMAL under WAL survives every kill; only the power going off can lose the last blocks.
-        self._db.execute("PRAGMA journal_mode=WAL")
+        self._use_wal()
         self._db.execute("PRAGMA synchronous=NORMAL")
         with self.writing():
             for statement in _SCHEMA.split(";"):
                 self._db.execute(statement)
+
+    def _use_wal(self) -> None:
+        # Turning WAL on wants the file alone for a moment, and unlike other statements does not wait for it.
+        for attempt in range(_WAL_TRIES):
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as problem:
+                if "locked" not in str(problem) or attempt == _WAL_TRIES - 1:
+                    raise
+            time.sleep(0.05)
 
     def close(self) -> None:
         with self.lock:
