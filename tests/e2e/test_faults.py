@@ -47,7 +47,9 @@ def test_killed_worker_costs_its_shard_and_nothing_else(machine: Machine, tiny_j
 
 def test_killed_hub_goes_on_with_the_same_round(machine: Machine, tiny_job: Path) -> None:
     hub, url = machine.start_hub()
-    recipe = write_recipe(tiny_job, "hub-dies", rounds=2, shards=6, steps=300)
+    recipe = write_recipe(
+        tiny_job, "hub-dies", rounds=2, shards=6, steps=300, pay={"per_million_tokens": "0.50", "budget": "1"}
+    )
     workers = [machine.start(name, "serve-gpu", "--hub", url, "--threads", "1") for name in ("ada", "bob")]
     for worker in workers:
         worker.wait_for(lambda event: event["event"] == "serving")
