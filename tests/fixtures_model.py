@@ -105,6 +105,7 @@ def resolve_recipe(
 ) -> tuple[ResolvedRecipe, bytes]:
     """The resolved recipe of a small job, and its initial adapter. Options: sizes, and `Training` fields."""
     sizes: dict[str, Any] = {"rounds": 2, "shards": 2, "steps": 4, "held_out_rows": 5, "r": 4, "targets": "all-linear"}
+    samples = options.pop("samples", [])
     sizes |= {key: options.pop(key) for key in list(options) if key in sizes}
     training = Training(
         **{
@@ -112,14 +113,19 @@ def resolve_recipe(
             "batch_size": 4,
             "micro_batch_size": 2,
             "learning_rate": 1e-2,
+            "lr_scheduler": "constant",
             "warmup_steps": 2,
+            "shard_warmup_steps": 0,
             "max_grad_norm": 1.0,
             "weight_decay": 0.0,
             "adam_beta1": 0.9,
             "adam_beta2": 0.999,
             "adam_epsilon": 1e-8,
             "precision": "fp32",
+            "quantization": "none",
             "attention": "sdpa",
+            "adapter_path": "fused",
+            "segment_steps": 2,
             "seed": 0,
             **options,
         }
@@ -153,6 +159,8 @@ def resolve_recipe(
         quorum=0.5,
         merge=Merge(method="product-mean", encoding="fp32"),
         pay=Pay(token="TRAIN", per_million_tokens=1, budget=1, deadline=3600, grace=60, activation_delay=0),
+        samples=samples,
+        sample_tokens=8,
         counts=facts.counts,
     )
     return recipe, facts.initial

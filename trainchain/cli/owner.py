@@ -121,6 +121,8 @@ def resolve(path: Path) -> Plan:
         quorum=recipe.quorum,
         merge=Merge(method=recipe.merge.method, encoding=recipe.merge.encoding),
         pay=Pay(**recipe.pay.model_dump()),
+        samples=[],
+        sample_tokens=64,
         counts=found.counts,
     )
     plan = Plan(resolved, files, found.initial, found.truncated, found.skipped)
@@ -143,14 +145,19 @@ def _training(recipe: Recipe, dtype: str) -> Any:
         batch_size=recipe.micro_batch_size * recipe.gradient_accumulation_steps,
         micro_batch_size=recipe.micro_batch_size,
         learning_rate=recipe.learning_rate,
-        warmup_steps=recipe.warmup_steps,
+        lr_scheduler="constant",
+        warmup_steps=0,
+        shard_warmup_steps=recipe.warmup_steps,
         max_grad_norm=recipe.max_grad_norm,
         weight_decay=recipe.weight_decay,
         adam_beta1=recipe.adam_beta1,
         adam_beta2=recipe.adam_beta2,
         adam_epsilon=recipe.adam_epsilon,
         precision="bf16" if precision == "bf16" else "fp32",
+        quantization="none",
         attention="sdpa",
+        adapter_path="peft",
+        segment_steps=-(-recipe.steps // 8),
         seed=recipe.seed,
     )
 

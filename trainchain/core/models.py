@@ -73,14 +73,24 @@ class Training(Model):
     """Packed sequences in one optimizer step."""
     micro_batch_size: Positive
     learning_rate: float
+    """The schedule's highest; see `core/schedule.py`."""
+    lr_scheduler: Literal["constant", "cosine"]
     warmup_steps: Count
+    """At the beginning of the job."""
+    shard_warmup_steps: Count
+    """At the beginning of each shard, whose AdamW moments are new."""
     max_grad_norm: float
     weight_decay: float
     adam_beta1: float
     adam_beta2: float
     adam_epsilon: float
-    precision: Literal["fp32", "bf16"]
-    attention: Literal["sdpa", "eager"]
+    precision: Literal["fp32", "bf16", "fp16"]
+    quantization: Literal["none", "nf4"]
+    attention: Literal["sdpa", "eager", "varlen"]
+    adapter_path: Literal["fused", "peft"]
+    """Who computes W x + s B A x: our fused function, or PEFT's own modules."""
+    segment_steps: Positive
+    """Steps between two committed states; the last segment of a shard may be shorter."""
     seed: Count
 
 
@@ -134,6 +144,9 @@ class ResolvedRecipe(Model):
     quorum: float
     merge: Merge
     pay: Pay
+    samples: Annotated[list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(max_length=16)]
+    """Prompts that each merged adapter answers, to show what it learned."""
+    sample_tokens: Annotated[int, Field(ge=1, le=1024)]
     counts: list[list[Counts]]
     """`counts[round - 1][shard]`; weights and pay come from here, never from a worker's word."""
 
@@ -198,6 +211,8 @@ class SignedContribution(Model):
     losses: Annotated[list[float], Field(max_length=64)] = []
     """Training loss at the shard's first and last steps: shown, never trusted."""
     seconds: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    micro_tokens: Annotated[list[Positive], Field(max_length=100_000)] = []
+    """Per segment, how many tokens went through the model at once."""
 
 
 M = TypeVar("M", bound=Model)

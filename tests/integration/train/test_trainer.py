@@ -12,6 +12,7 @@ from tests.integration.train.conftest import Job
 from trainchain.core.adapter import Adapter, apply, read_adapter, write_peft_folder
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import Counts
+from trainchain.core.schedule import learning_rate
 from trainchain.core.segments import start_leaf, verify
 from trainchain.core.train.data import TokenizedData, shard_batches
 from trainchain.core.train.packed import loss_sum, micro_batch
@@ -123,7 +124,7 @@ def test_one_shard_is_one_hand_written_loop(make_job: MakeJob, tmp_path: Path) -
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
     for number, step in enumerate(shard_batches(job.recipe, engine._order, 1, 0), 1):
         rows = [row for sequence in step for row in sequence]
-        optimizer.param_groups[0]["lr"] = training.learning_rate * min(1, number / training.warmup_steps)
+        optimizer.param_groups[0]["lr"] = learning_rate(job.recipe, 1, number)
         targets = sum(engine.documents.supervised[row] for row in rows)
         (plain_loss(model, engine.documents, rows) / targets).backward()
         torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from trainchain.core.adapter import Adapter, delta
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import Counts, ResolvedRecipe
+from trainchain.core.schedule import learning_rate
 from trainchain.core.segments import leaf, start_leaf, state_root
 from trainchain.core.train.adapted import AdaptedModel
 from trainchain.core.train.data import (
@@ -83,7 +84,7 @@ class Engine:
         with memory_errors():
             self._adapted.load(start)
             optimizer = self._adapted.optimizer()
-            losses = self._run(steps, optimizer, on_step)
+            losses = self._run(steps, round, optimizer, on_step)
             end = self._adapted.adapter()
             moments = self._adapted.moments(optimizer)
         if not np.isfinite(losses).all() or not all(np.isfinite(tensor).all() for tensor in end.values()):
@@ -140,14 +141,15 @@ class Engine:
         return self._data_paths[digest]
 
     def _run(
-        self, steps: list[list[list[int]]], optimizer: torch.optim.AdamW, on_step: OnStep | None
+        self, steps: list[list[list[int]]], round: int, optimizer: torch.optim.AdamW, on_step: OnStep | None
     ) -> NDArray[np.float64]:
         """All updates; the losses stay on the device and are read only to be shown and at the end."""
         batches = [self._micro_batches(step) for step in steps]
         losses: list[torch.Tensor] = []
         tokens, shown = 0, 0.0
         for number, step in enumerate(batches, 1):
-            losses.append(self._step(number, step, optimizer))
+            optimizer.param_groups[0]["lr"] = learning_rate(self.recipe, round, number)
+            losses.append(self._step(step, optimizer))
             tokens += sum(sum(batch.lengths) for batch in step)
             now = time.monotonic()
             if on_step and (now - shown >= REPORT_SECONDS or number == len(batches)):
@@ -164,11 +166,8 @@ class Engine:
         rows = [[row for sequence in group for row in sequence] for group in groups]
         return [micro_batch(self.documents, group, self._adapted.device) for group in rows]
 
-    def _step(self, number: int, step: list[MicroBatch], optimizer: torch.optim.AdamW) -> torch.Tensor:
+    def _step(self, step: list[MicroBatch], optimizer: torch.optim.AdamW) -> torch.Tensor:
         """One update. The loss is the mean over the whole step's targets, however the step is split."""
-        training = self.recipe.training
-        warmth = min(1.0, number / max(training.warmup_steps, 1))
-        optimizer.param_groups[0]["lr"] = training.learning_rate * warmth
         targets = sum(len(batch.labels) for batch in step)
         total = torch.zeros((), device=self._adapted.device)
         for batch in step:
