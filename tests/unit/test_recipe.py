@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from trainchain.core.errors import TrainChainError
-from trainchain.core.recipe import LATER, MAX_BYTES, OTHER_TOOLS, Recipe, load_recipe, parse_recipe
+from trainchain.core.recipe import INSTEAD, LATER, MAX_BYTES, OTHER_TOOLS, Recipe, load_recipe, parse_recipe
 
 GOOD = """\
 name: support-bot
@@ -56,7 +56,10 @@ def test_a_small_recipe_gets_every_default() -> None:
     assert (recipe.lora_r, recipe.lora_alpha, recipe.lora_target_modules) == (8, 16, "all-linear")
     assert (recipe.round_deadline, recipe.pay.deadline, recipe.pay.grace) == (1800, 48 * 3600, 24 * 3600)
     assert recipe.pay.per_million_tokens == 25 * 10**17
-    assert recipe.test_datasets == []
+    assert (recipe.test_datasets, recipe.samples, recipe.sample_tokens) == ([], [], 64)
+    assert (recipe.lr_scheduler, recipe.warmup_steps, recipe.segment_steps) == ("constant", 0, None)
+    assert (recipe.adapter, recipe.attention, recipe.adapter_path) == ("lora", "sdpa", "fused")
+    assert (recipe.bf16, recipe.fp16, recipe.lora_dropout) == ("auto", False, 0)
 
 
 def test_paths_are_taken_from_the_recipe_s_own_folder() -> None:
@@ -162,10 +165,45 @@ def test_what_a_later_version_does_is_refused_by_name(key: str) -> None:
     assert error.hint == f"Remove `{key}` from the recipe."
 
 
-def test_qlora_is_refused_with_what_to_write() -> None:
-    error = refusal(with_value("adapter", "qlora"))
+@pytest.mark.parametrize("key", sorted(INSTEAD))
+def test_a_word_for_something_else_is_refused_with_the_reason_and_what_to_write(key: str) -> None:
+    error = refusal(with_line(f"{key}: true"))
 
-    assert (error.code, error.hint) == ("recipe.unsupported", "Write `adapter: lora`.")
+    reason, hint = INSTEAD[key]
+    assert (error.code, error.hint) == ("recipe.unsupported", hint)
+    assert error.message == f"r.yaml:8: `{key}`: {reason}."
+
+
+def test_flash_attention_leads_to_varlen() -> None:
+    assert refusal(with_line("flash_attention: true")).hint == "Write `attention: varlen` instead."
+
+
+@pytest.mark.parametrize("value", ["0.05", "1", "true", "~", '"0"'])
+def test_dropout_is_refused_with_the_reason(value: str) -> None:
+    error = refusal(with_line(f"lora_dropout: {value}"))
+
+    assert error.message.startswith("r.yaml:8: `lora_dropout` is")
+    assert "a replay of the training could not be exact" in error.message
+
+
+@pytest.mark.parametrize("value", ["0", "0.0"])
+def test_no_dropout_may_be_said(value: str) -> None:
+    assert read(with_line(f"lora_dropout: {value}")).lora_dropout == 0
+
+
+def test_half_precision_is_of_one_kind() -> None:
+    error = refusal(with_line("bf16: true\nfp16: true"))
+
+    assert (error.code, error.message.split(":")[1]) == ("recipe.invalid", "9")
+    assert "`bf16: true` and `fp16: true` exclude each other" in error.message
+    for other in ("auto", "false"):
+        assert read(with_line(f"fp16: true\nbf16: {other}")).fp16
+
+
+def test_samples_need_no_held_out_data() -> None:
+    recipe = read(with_line('samples: ["Where is my parcel?"]'))
+
+    assert (recipe.samples, recipe.test_datasets) == (["Where is my parcel?"], [])
 
 
 @pytest.mark.parametrize(
@@ -201,6 +239,19 @@ def test_qlora_is_refused_with_what_to_write() -> None:
         ("lora_target_modules", "[]"),
         ("lora_target_modules", "all"),
         ("adapter", "full"),
+        ("attention", "flash"),
+        ("adapter_path", "fast"),
+        ("lr_scheduler", "linear"),
+        ("warmup_steps", "-1"),
+        ("shard_warmup_steps", "0.1"),
+        ("segment_steps", "0"),
+        ("fp16", "1"),
+        ("samples", "hello"),
+        ("samples", "[3]"),
+        ("samples", '[""]'),
+        ("samples", "[" + "a, " * 17 + "]"),
+        ("sample_tokens", "0"),
+        ("sample_tokens", "1025"),
         ("seed", "-1"),
         ("merge", "{method: average}"),
         ("merge", "{encoding: int4}"),
@@ -326,7 +377,8 @@ def test_a_file_that_is_far_too_large_is_not_read(tmp_path: Path) -> None:
 def test_every_other_tool_s_word_leads_to_a_key_there_is() -> None:
     assert set(OTHER_TOOLS.values()) <= set(Recipe.model_fields)
     assert not set(OTHER_TOOLS) & set(Recipe.model_fields)
-    assert not set(LATER) & set(Recipe.model_fields)
+    assert not {*LATER, *INSTEAD} & set(Recipe.model_fields)
+    assert not set(LATER) & set(INSTEAD)
 
 
 def test_the_example_recipes_are_read() -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from trainchain.cli import wiring
 from trainchain.cli.output import Output
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trainchain.chain.escrow import ChainClient
     from trainchain.chain.wallet import Wallet
     from trainchain.core.client import HubClient
-    from trainchain.core.models import FileRef, ResolvedRecipe
+    from trainchain.core.models import FileRef, ResolvedRecipe, Training
     from trainchain.core.recipe import Recipe
     from trainchain.core.settings import Settings
 
@@ -31,6 +31,7 @@ class Plan:
     """A resolved recipe, where its bytes lie on this machine, and what the owner should know before paying."""
 
     resolved: ResolvedRecipe
+    model_dir: Path
     files: dict[str, Path]
     initial: bytes
     truncated: int
@@ -121,11 +122,11 @@ def resolve(path: Path) -> Plan:
         quorum=recipe.quorum,
         merge=Merge(method=recipe.merge.method, encoding=recipe.merge.encoding),
         pay=Pay(**recipe.pay.model_dump()),
-        samples=[],
-        sample_tokens=64,
+        samples=recipe.samples,
+        sample_tokens=recipe.sample_tokens,
         counts=found.counts,
     )
-    plan = Plan(resolved, files, found.initial, found.truncated, found.skipped)
+    plan = Plan(resolved, model_dir, files, found.initial, found.truncated, found.skipped)
     if plan.price > resolved.pay.budget:
         raise TrainChainError(
             "money.budget_too_small",
@@ -136,28 +137,28 @@ def resolve(path: Path) -> Plan:
     return plan
 
 
-def _training(recipe: Recipe, dtype: str) -> Any:
+def _training(recipe: Recipe, dtype: Literal["fp32", "bf16"]) -> Training:
     from trainchain.core.models import Training
 
-    precision = dtype if recipe.bf16 == "auto" else ("bf16" if recipe.bf16 else "fp32")
+    chosen = dtype if recipe.bf16 == "auto" else ("bf16" if recipe.bf16 else "fp32")
     return Training(
         sequence_len=recipe.sequence_len,
         batch_size=recipe.micro_batch_size * recipe.gradient_accumulation_steps,
         micro_batch_size=recipe.micro_batch_size,
         learning_rate=recipe.learning_rate,
-        lr_scheduler="constant",
-        warmup_steps=0,
-        shard_warmup_steps=recipe.warmup_steps,
+        lr_scheduler=recipe.lr_scheduler,
+        warmup_steps=recipe.warmup_steps,
+        shard_warmup_steps=recipe.shard_warmup_steps,
         max_grad_norm=recipe.max_grad_norm,
         weight_decay=recipe.weight_decay,
         adam_beta1=recipe.adam_beta1,
         adam_beta2=recipe.adam_beta2,
         adam_epsilon=recipe.adam_epsilon,
-        precision="bf16" if precision == "bf16" else "fp32",
-        quantization="none",
-        attention="sdpa",
-        adapter_path="peft",
-        segment_steps=-(-recipe.steps // 8),
+        precision="fp16" if recipe.fp16 else chosen,
+        quantization="nf4" if recipe.adapter == "qlora" else "none",
+        attention=recipe.attention,
+        adapter_path=recipe.adapter_path,
+        segment_steps=recipe.segment_steps or -(-recipe.steps // 8),
         seed=recipe.seed,
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.functional_validators import BeforeValidator
 
 from trainchain.core import money
@@ -17,6 +17,8 @@ from trainchain.core.errors import TrainChainError
 from trainchain.core.models import DataFormat
 
 MAX_BYTES = 1 << 20
+MAX_STEPS = 100_000
+"""In a shard; a hub sums the learning rate over them."""
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 OTHER_TOOLS = {  # how LLaMA-Factory, TRL and PEFT call what is known here by another name
@@ -40,19 +42,29 @@ OTHER_TOOLS = {  # how LLaMA-Factory, TRL and PEFT call what is known here by an
     "lr": "learning_rate",
     "max_steps": "steps",
     "reward": "pay",
+    "eval_samples": "samples",
+    "max_new_tokens": "sample_tokens",
+}
+INSTEAD = {  # known words that mean something else here: why, and what to write
+    "flash_attention": ("the kernel is chosen by one key", "Write `attention: varlen` instead."),
+    "flash_attn": ("the kernel is chosen by one key", "Write `attention: varlen` instead."),
+    "sdp_attention": ("the kernel is chosen by one key", "Write `attention: sdpa` instead."),
+    "eager_attention": ("the kernel is chosen by one key", "Write `attention: eager` instead."),
+    "load_in_4bit": ("how the base is quantised follows from the adapter", "Write `adapter: qlora` instead."),
+    "load_in_8bit": ("bases are quantised to 4 bits, or not at all", "Write `adapter: qlora` instead."),
+    "gradient_checkpointing": (
+        "trading time for memory changes no result, so it is each worker's own choice",
+        "Remove it; a worker says `serve-gpu --checkpointing`.",
+    ),
 }
 LATER = {  # known words that this version does not honour: refused, since money depends on the recipe's meaning
     "check": "checking by replay",
-    "samples": "sample prompts",
     "gate": "gates",
     "access": "access lists",
     "hub_model_id": "pushing to a model hub",
     "num_epochs": "counting in epochs (write rounds, shards and steps)",
     "val_set_size": "splitting a held-out set off (name a file under test_datasets)",
     "lora_modules_to_save": "whole modules beside the adapter",
-    "lora_dropout": "dropout",
-    "lr_scheduler": "schedules other than warm-up then constant",
-    "load_in_4bit": "quantised bases",
 }
 
 
@@ -61,6 +73,12 @@ def _duration(value: object) -> object:
     if isinstance(value, str) and (match := re.fullmatch(r"(\d{1,9})\s*([smhd])", value.strip())):
         return int(match.group(1)) * UNITS[match.group(2)]
     raise ValueError("write a time as digits and one of s, m, h, d, for example 30m")
+
+
+def _no_dropout(value: object) -> object:
+    if isinstance(value, bool) or value != 0:
+        raise ValueError("only 0 is taken: with dropout a replay of the training could not be exact")
+    return 0
 
 
 def _tokens(value: object) -> object:
@@ -76,6 +94,7 @@ def _tokens(value: object) -> object:
 Seconds = Annotated[int, BeforeValidator(_duration), Field(ge=0, le=10 * 365 * 86400)]
 Tokens = Annotated[int, BeforeValidator(_tokens), Field(ge=0, lt=2**128)]
 Small = Annotated[int, Field(ge=1, le=1_000_000)]
+Prompt = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class _Strict(BaseModel):
@@ -111,29 +130,49 @@ class Recipe(_Strict):
     base_model: str
     datasets: Annotated[list[DataEntry], Field(min_length=1, max_length=64)]
     test_datasets: Annotated[list[HeldOutEntry], Field(max_length=1)] = []
-    adapter: Literal["lora"] = "lora"
+    adapter: Literal["lora", "qlora"] = "lora"
+    """`qlora` keeps the base in NF4."""
     lora_r: Annotated[int, Field(ge=1, le=1024)] = 8
     lora_alpha: Small = 16
+    lora_dropout: Annotated[Literal[0], BeforeValidator(_no_dropout)] = 0
     lora_target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     sequence_len: Annotated[int, Field(ge=8, le=1 << 20)] = 512
     micro_batch_size: Annotated[int, Field(ge=1, le=65536)] = 2
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = 4
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
-    warmup_steps: Annotated[int, Field(ge=0)] = 5
+    lr_scheduler: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """At the beginning of the job."""
+    shard_warmup_steps: Annotated[int, Field(ge=0, lt=2**63)] = 5
+    """At the beginning of each shard."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-8
     bf16: Literal["auto"] | bool = "auto"
+    fp16: bool = False
+    attention: Literal["sdpa", "eager", "varlen"] = "sdpa"
+    adapter_path: Literal["fused", "peft"] = "fused"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     rounds: Annotated[int, Field(ge=1, le=100_000)]
     shards: Annotated[int, Field(ge=1, le=100_000)]
-    steps: Annotated[int, Field(ge=1, le=100_000)]
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
+    segment_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
+    """An eighth of `steps`, rounded up, when left out."""
     round_deadline: Seconds = 30 * 60
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.75
     merge: MergeEntry = MergeEntry()
+    samples: Annotated[list[Prompt], Field(max_length=16)] = []
+    sample_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
     pay: PayEntry
+
+    @field_validator("fp16")
+    @classmethod
+    def _one_precision(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("bf16") is True:
+            raise ValueError("`bf16: true` and `fp16: true` exclude each other")
+        return value
 
 
 class _Loader(yaml.SafeLoader):
@@ -245,12 +284,6 @@ def _explain(
             hint=f"Add `{keys[-1]}:` to the recipe.",
         )
     given = _at(value, place)
-    if name == "adapter" and given == "qlora":
-        return TrainChainError(
-            "recipe.unsupported",
-            f"{line}: `adapter: qlora` is not in this version.",
-            hint="Write `adapter: lora`.",
-        )
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return TrainChainError(
         "recipe.invalid",
@@ -283,6 +316,9 @@ def _unknown_key(line: str, keys: list[str]) -> TrainChainError:
             f"{line}: `{key}`: this version does not have {LATER[key]}.",
             hint=f"Remove `{key}` from the recipe.",
         )
+    if len(keys) == 1 and key in INSTEAD:
+        reason, hint = INSTEAD[key]
+        return TrainChainError("recipe.unsupported", f"{line}: `{key}`: {reason}.", hint=hint)
     owner: type[BaseModel] = Recipe
     if len(keys) > 1:
         parents: dict[str, type[BaseModel]] = {
