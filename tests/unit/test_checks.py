@@ -2,23 +2,26 @@
 
 import json
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.fixtures_hub import REACH, SHAPES, STEPS, job_files, numbers, recipe
+from tests.fixtures_hub import LEARNING_RATE, REACH, SHAPES, STEPS, job_files, numbers, recipe
 from trainchain.core.adapter import adapter_bytes
-from trainchain.core.checks import delta_cap, read_delta
+from trainchain.core.checks import SLACK, delta_cap, reach, read_delta
 from trainchain.core.errors import TrainChainError
+from trainchain.core.models import ResolvedRecipe
 
-TRAINING = recipe(job_files()).training
+RECIPE = recipe(job_files())
+BOUND = reach(RECIPE, 1)
 NAME = min(SHAPES)
 
 
 def code_of(data: bytes) -> str:
     with pytest.raises(TrainChainError) as caught:
-        read_delta(data, SHAPES, TRAINING, STEPS)
+        read_delta(data, SHAPES, BOUND)
     assert 400 <= caught.value.status < 500
     return caught.value.code
 
@@ -30,7 +33,7 @@ def with_header(header: bytes, body: bytes = b"") -> bytes:
 def test_a_good_delta_comes_out_as_it_went_in() -> None:
     tensors = numbers(1)
 
-    found = read_delta(adapter_bytes(tensors), SHAPES, TRAINING, STEPS)
+    found = read_delta(adapter_bytes(tensors), SHAPES, BOUND)
 
     assert list(found) == sorted(SHAPES)
     assert all(np.array_equal(found[name], tensors[name]) for name in SHAPES)
@@ -40,13 +43,13 @@ def test_the_order_in_the_file_does_not_matter() -> None:
     tensors = numbers(1)
     shuffled = safetensors.numpy.save(dict(reversed(tensors.items())), metadata={"made": "elsewhere"})
 
-    found = read_delta(shuffled, SHAPES, TRAINING, STEPS)
+    found = read_delta(shuffled, SHAPES, BOUND)
 
     assert all(np.array_equal(found[name], tensors[name]) for name in SHAPES)
 
 
 def test_a_delta_of_zeros_is_a_delta() -> None:
-    read_delta(adapter_bytes({n: np.zeros_like(t) for n, t in numbers(1).items()}), SHAPES, TRAINING, STEPS)
+    read_delta(adapter_bytes({n: np.zeros_like(t) for n, t in numbers(1).items()}), SHAPES, BOUND)
 
 
 @pytest.mark.parametrize(
@@ -117,17 +120,50 @@ def test_one_element_is_enough() -> None:
         assert code_of(adapter_bytes(tensors)) == code
 
 
-def test_the_reach_grows_with_steps_and_learning_rate() -> None:
+def test_the_reach_is_three_times_the_learning_rates_of_the_shard_s_steps() -> None:
     data = adapter_bytes({**numbers(1), NAME: np.full(SHAPES[NAME], 1.5 * REACH, np.float32)})
 
+    assert pytest.approx(REACH + SLACK) == BOUND
     assert code_of(data) == "delta.out_of_reach"
-    read_delta(data, SHAPES, TRAINING, 2 * STEPS)
-    read_delta(data, SHAPES, TRAINING.model_copy(update={"learning_rate": 2 * TRAINING.learning_rate}), STEPS)
+    read_delta(data, SHAPES, reach(RECIPE.model_copy(update={"steps": 2 * STEPS}), 1))
+    read_delta(data, SHAPES, reach(with_training(learning_rate=2 * RECIPE.training.learning_rate), 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates"),
+    [
+        ({"warmup_steps": 4}, [(1 + 2 + 3 + 4) / 4, 4.0]),
+        ({"shard_warmup_steps": 2}, [3.5, 3.5]),
+        ({"warmup_steps": 4, "shard_warmup_steps": 2}, [1 / 8 + 2 / 4 + 3 / 4 + 1, 3.5]),
+        ({"warmup_steps": 0, "lr_scheduler": "cosine"}, [3.5069, 0.9932]),
+    ],
+)
+def test_each_round_s_reach_follows_the_schedule(changes: dict[str, Any], rates: list[float]) -> None:
+    scheduled = with_training(**changes)
+
+    found = [reach(scheduled, round_) for round_ in (1, 2)]
+
+    assert found == pytest.approx([3 * LEARNING_RATE * sum_ + SLACK for sum_ in rates], rel=1e-3)
+
+
+def test_what_a_later_round_can_no_longer_do_is_refused_there() -> None:
+    cosine = with_training(lr_scheduler="cosine")
+    data = adapter_bytes({**numbers(1), NAME: np.full(SHAPES[NAME], 0.5 * REACH, np.float32)})
+
+    read_delta(data, SHAPES, reach(cosine, 1))
+    with pytest.raises(TrainChainError) as caught:
+        read_delta(data, SHAPES, reach(cosine, 2))
+
+    assert caught.value.code == "delta.out_of_reach"
+
+
+def with_training(**changes: Any) -> ResolvedRecipe:
+    return RECIPE.model_copy(update={"training": RECIPE.training.model_copy(update=changes)})
 
 
 def test_a_message_never_carries_a_stranger_s_novel() -> None:
     with pytest.raises(TrainChainError) as caught:
-        read_delta(adapter_bytes({**numbers(1), "x" * 100_000: np.zeros(1, np.float32)}), SHAPES, TRAINING, STEPS)
+        read_delta(adapter_bytes({**numbers(1), "x" * 100_000: np.zeros(1, np.float32)}), SHAPES, BOUND)
 
     assert len(caught.value.message) < 400
 

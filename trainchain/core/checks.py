@@ -3,16 +3,21 @@
 Imports numpy and safetensors. Nothing is believed: names, shapes and dtypes come from the recipe, never the file.
 """
 
+import math
+
 import numpy as np
 import safetensors
 
 from trainchain.core.errors import TrainChainError
-from trainchain.core.models import Training
+from trainchain.core.models import ResolvedRecipe
+from trainchain.core.schedule import learning_rate
 
 HEADER_BYTES = 4096
 BYTES_PER_TENSOR = 256
 REACH = 3.0
 """Adam moves an element by at most about the learning rate a step; three times that is the bound (design, 7.1)."""
+SLACK = 1e-6
+"""What rounding to fp32 may add."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -23,8 +28,13 @@ def delta_cap(shapes: Shapes) -> int:
     return 4 * numbers + HEADER_BYTES + BYTES_PER_TENSOR * len(shapes)
 
 
-def read_delta(data: bytes, shapes: Shapes, training: Training, steps: int) -> dict[str, np.ndarray]:
-    """Parse and check a delta; returns its fp32 tensors by name.
+def reach(recipe: ResolvedRecipe, round: int) -> float:
+    """How far an element may move in a shard of `round`, whose learning rates are the schedule's."""
+    return REACH * math.fsum(learning_rate(recipe, round, step) for step in range(1, recipe.steps + 1)) + SLACK
+
+
+def read_delta(data: bytes, shapes: Shapes, bound: float) -> dict[str, np.ndarray]:
+    """Parse and check a delta; returns its fp32 tensors by name. `bound` is the round's `reach`.
 
     Raises `delta.not_safetensors`, `delta.missing_tensor`, `delta.extra_tensor`, `delta.wrong_dtype`,
     `delta.wrong_shape`, `delta.not_finite`, `delta.out_of_reach`.
@@ -39,7 +49,6 @@ def read_delta(data: bytes, shapes: Shapes, training: Training, steps: int) -> d
         raise TrainChainError("delta.missing_tensor", f"The delta lacks the tensor {missing[0]!r}.")
     if extra := sorted(found.keys() - shapes.keys()):
         raise TrainChainError("delta.extra_tensor", f"The adapter has no tensor {extra[0][:200]!r}.")
-    bound = REACH * training.learning_rate * steps
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(shapes):
         entry = found[name]
@@ -54,7 +63,7 @@ def read_delta(data: bytes, shapes: Shapes, training: Training, steps: int) -> d
         if furthest > bound:
             raise TrainChainError(
                 "delta.out_of_reach",
-                f"An element of {name} moved by {furthest:.4g}; {steps} steps can move it by {bound:.4g}.",
+                f"An element of {name} moved by {furthest:.4g}; the round's steps can move it by {bound:.4g}.",
             )
         tensors[name] = tensor
     return tensors

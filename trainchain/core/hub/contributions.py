@@ -93,7 +93,7 @@ def contribute(hub: Hub, worker: str, lease_id: str, signed: SignedContribution)
         raise TrainChainError("delta.missing", f"No bytes were uploaded as {delta}.", hint="Upload the delta first.")
     if size > checks.delta_cap(hub.shapes(job)):
         raise TrainChainError("delta.too_large", f"The delta has {size} bytes.")
-    checks.read_delta(hub.objects.get(delta), hub.shapes(job), recipe.training, recipe.steps)
+    checks.read_delta(hub.objects.get(delta), hub.shapes(job), checks.reach(recipe, lease["round"]))
 
     reward = shard_reward(recipe, lease["round"], lease["shard"])
     receipt_fields = {

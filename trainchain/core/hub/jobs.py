@@ -12,6 +12,7 @@ from trainchain.core.hub.store import Row, move, one, record
 from trainchain.core.models import Hash32, Model, ResolvedRecipe
 from trainchain.core.money import show
 from trainchain.core.objects import Spool
+from trainchain.core.recipe import MAX_STEPS
 from trainchain.core.rewards import job_price, round_cap, round_price
 from trainchain.core.states import Job
 
@@ -86,6 +87,8 @@ def _check(recipe: ResolvedRecipe) -> None:
         raise TrainChainError("job.invalid", f"A job has from one to {MAX_FILES} files.")
     if any(ref.size > MAX_OBJECT for ref in recipe.files()):
         raise TrainChainError("job.invalid", "A file of the job is larger than 1 TiB.")
+    if recipe.steps > MAX_STEPS:
+        raise TrainChainError("job.invalid", f"A shard has at most {MAX_STEPS} steps.")
     if not 0 < recipe.quorum <= 1 or not 0 < recipe.training.learning_rate <= 1:
         raise TrainChainError("job.invalid", "Quorum and learning rate lie between 0 and 1.")
     if (price := job_price(recipe)) > recipe.pay.budget:

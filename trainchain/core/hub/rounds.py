@@ -9,7 +9,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from trainchain.core import merge
 from trainchain.core.adapter import adapter_bytes, read_adapter
-from trainchain.core.checks import read_delta
+from trainchain.core.checks import reach, read_delta
 from trainchain.core.hub import jobs, schema
 from trainchain.core.hub.contributions import accepted, drop_unnamed, publish_round
 from trainchain.core.hub.leases import sweep
@@ -131,11 +131,12 @@ def _close(hub: Hub, recipe: ResolvedRecipe, round_: Row, now: float) -> bool:
 def merge_round(hub: Hub, job: Row, round_: Row) -> merge.Merged:
     """The merged adapter of a round, from its accepted contributions: a pure function of public objects."""
     recipe, shapes = hub.recipe(job), hub.shapes(job)
+    bound = reach(recipe, round_["round"])
     updates = [
         merge.Update(
             row["delta"],
             recipe.counts[row["round"] - 1][row["shard"]].tokens,
-            read_delta(hub.objects.get(row["delta"]), shapes, recipe.training, recipe.steps),
+            read_delta(hub.objects.get(row["delta"]), shapes, bound),
         )
         for row in accepted(hub, job["id"], round_["round"])
     ]
