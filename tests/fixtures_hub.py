@@ -397,7 +397,8 @@ class Person:
     def signed(self, message: Mapping[str, Any], *, by: Wallet | None = None) -> dict[str, Any]:
         domain = Domain(self.town.chain.chain_id, self.town.chain.escrow)
         signature = (by or self.wallet).sign_typed(domain, "Contribution", dict(message))
-        return {"contribution": dict(message), "signature": signature, "losses": [2.5, 1.5], "seconds": 1.0}
+        told = {"losses": [2.5, 1.5], "seconds": 1.0, "micro_tokens": [128] * STEPS}
+        return {"contribution": dict(message), "signature": signature, **told}
 
     def upload(self, lease: Mapping[str, Any], delta: bytes) -> httpx.Response:
         return self.put(f"/v1/leases/{lease['lease']}/objects/{sha256(delta)}", delta)

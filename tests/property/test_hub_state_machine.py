@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sqlalchemy import select, update
 
-from tests.fixtures_hub import INITIAL, Clock, job_files, numbers, recipe
+from tests.fixtures_hub import INITIAL, STEPS, Clock, job_files, numbers, recipe
 from trainchain.chain import eip712
 from trainchain.chain.wallet import Wallet
 from trainchain.core.adapter import adapter_bytes
@@ -171,7 +171,8 @@ class HubLaws(RuleBasedStateMachine):
             "numericClass": "test",
         }
         signature = worker.sign_typed(Notary.domain, "Contribution", message)
-        signed = SignedContribution.model_validate({"contribution": message, "signature": signature})
+        told = {"contribution": message, "signature": signature, "micro_tokens": [128] * STEPS}
+        signed = SignedContribution.model_validate(told)
         spool = Spool(len(delta))
         spool.write(delta)
         contributions.keep_delta(self.hub, worker.address, lease["lease"], sha256(delta), spool)

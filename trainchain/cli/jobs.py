@@ -8,6 +8,8 @@ from trainchain.cli.options import Home, HubUrl, JobName, Json
 from trainchain.cli.output import Output
 from trainchain.core import money
 
+WIDTH = 80
+
 app = typer.Typer(help="Look at jobs, and take back what they did not spend.", no_args_is_help=True)
 
 
@@ -118,8 +120,9 @@ def describe(view: dict[str, Any]) -> str:
         f"price at most {money.show(int(view['price']))}, spent {money.show(int(view['spent']))} "
         f"of {money.show(int(view['budget']))} TRAIN",
     ]
-    if held := {row["round"]: row["loss"] for row in view["evaluations"]}:
-        shown = [f"{held[r]:.4f}" if held[r] is not None else "pending" for r in sorted(held)]
+    held = [row for row in view["evaluations"] if row["loss"] is not None or row["state"] != "done"]
+    if any(row["loss"] is not None for row in held):
+        shown = [f"{row['loss']:.4f}" if row["loss"] is not None else "pending" for row in held]
         lines.append("held-out loss  " + " > ".join(shown))
     for row in view["rounds_done"]:
         lines.append(f"round {row['round']}  {row['state']}")
@@ -141,4 +144,23 @@ def describe(view: dict[str, Any]) -> str:
             "escrow  " + "  ".join(f"{name} {money.show(int(money_held[name]))}" for name in
             ("funded", "claimed", "claimable", "refundable", "refunded"))
         )  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join(lines + _samples(view))
+
+
+def _samples(view: dict[str, Any]) -> list[str]:
+    """What the newest adapter that was asked answered to each sample prompt, a line each."""
+    asked = [row for row in view["evaluations"] if row["samples"]]
+    if not asked:
+        return []
+    last = asked[-1]
+    lines = ["samples of the base" if last["round"] == 0 else f"samples after round {last['round']}"]
+    for prompt, answer in zip(view["samples"], last["samples"], strict=True):
+        lines += [_cut(f"  > {prompt}"), _cut(f"    {answer}")]
+    return lines
+
+
+def _cut(text: str) -> str:
+    """A text that strangers' models wrote, as one line of a terminal and without its control characters."""
+    indent = len(text) - len(text.lstrip())
+    line = " " * indent + "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return line if len(line) <= WIDTH else line[: WIDTH - 2] + ".."

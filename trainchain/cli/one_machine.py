@@ -134,7 +134,10 @@ def _start_hub(stack: contextlib.ExitStack, state: Path, memory: _Memory) -> str
             memory.remember(memory.job)
             _drain(process)
             return str(ready["url"])
-        if ready.get("error", {}).get("code") != "hub.address_in_use":
+        if error := ready.get("error"):
+            if error["code"] != "hub.address_in_use":
+                raise TrainChainError(error["code"], error["message"], hint=error["hint"])
+        else:
             break
     raise TrainChainError("hub.failed", "The hub did not start.", hint=f"Its last words are in {state / 'hub.log'}.")
 

@@ -314,6 +314,10 @@ def fetch(client: HubClient, job_id: str, target: Path | None, *, round_: int | 
         "round": last["round"],
         "adapter": last["adapter"],
         "loss": last["loss"],
+        "samples": [
+            {"prompt": prompt, "answer": answer}
+            for prompt, answer in zip(recipe.samples, last["samples"] or [], strict=False)
+        ],
         "base_model": [ref.model_dump() for ref in recipe.base_model],
     }
     (target / "trainchain.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8", newline="\n")

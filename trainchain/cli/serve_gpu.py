@@ -72,7 +72,8 @@ def describe(event: dict[str, Any]) -> str | None:
                 f"{event['tokens']:,} tokens in {event['train_seconds']:.1f} s"
             )
         case "evaluated":
-            return f"measured round {event['round']}  held-out loss {event['loss']:.4f}"
+            loss = "" if event["loss"] is None else f"  held-out loss {event['loss']:.4f}"
+            return f"measured round {event['round']}{loss}"
         case "failed":
             return f"failed   {event['message']}" + (f" {event['hint']}" if event["hint"] else "")
         case "away":

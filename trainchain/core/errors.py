@@ -58,6 +58,7 @@ CODES: dict[str, Reason] = {
     "hub.failed": Reason(502, 3, "The hub answered with a failure of its own."),
     "hub.not_a_hub": Reason(502, 1, "The address answers, but not as a TrainChain hub."),
     "hub.protocol": Reason(426, 1, "Hub and client speak different protocol versions."),
+    "hub.other_version": Reason(409, 1, "The hub's folder was written by another version of TrainChain."),
     "hub.address_in_use": Reason(409, 1, "The address to listen on is taken."),
     "http.bad_request": Reason(422, 1, "A request to the hub is malformed."),
     "http.not_found": Reason(404, 1, "The hub has nothing at that address."),
@@ -89,6 +90,9 @@ CODES: dict[str, Reason] = {
     "contribution.wrong_start": Reason(409, 1, "The contribution started from another adapter than the round's."),
     "contribution.repeat": Reason(409, 1, "This contribution was already accepted; its receipt comes along."),
     "contribution.encoding": Reason(422, 1, "The delta is encoded otherwise than the recipe says."),
+    "contribution.segments": Reason(
+        422, 1, "The contribution does not tell micro_tokens once for each segment of the recipe."
+    ),
     "round.closed": Reason(409, 1, "The round has closed; its contributions are merged."),
     "shard.already_accepted": Reason(409, 1, "Somebody's contribution for this shard was already accepted."),
     "delta.missing": Reason(409, 1, "The contribution names a delta that was not uploaded."),

@@ -13,6 +13,8 @@ from trainchain.core.errors import TrainChainError
 
 PROTOCOL = 1
 MAX_INT = 2**63 - 1
+MAX_ANSWER = 16384
+"""Characters of an answer to a sample prompt that are kept."""
 
 
 def _amount(value: object) -> object:

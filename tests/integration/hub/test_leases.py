@@ -10,6 +10,7 @@ from trainchain.core.adapter import adapter_bytes
 from trainchain.core.digests import sha256
 from trainchain.core.hub import leases, rounds, schema
 from trainchain.core.hub.service import LEASE_SECONDS
+from trainchain.core.models import MAX_ANSWER
 
 
 def code(answer: Any) -> str:
@@ -273,7 +274,65 @@ def test_only_the_hub_s_evaluator_measures(town: Town, measured: Job, anna: Pers
     assert code(evaluator.contribute(mine)) == "object.unexpected"
     for _ in range(2):
         assert evaluator.post(report, {"loss": 3.25}).json() == {"loss": 3.25}
-    assert measured.view()["evaluations"] == [{"round": 0, "state": "done", "loss": 3.25}]
+    assert measured.view()["evaluations"] == [{"round": 0, "state": "done", "loss": 3.25, "samples": []}]
+
+
+def asked(town: Town, **options: Any) -> tuple[Job, Person, str]:
+    """A job whose base the evaluator holds a lease on, and where its report goes."""
+    job, evaluator = town.publish(shards=1, rounds=1, **options), town.person(town.evaluator_keys)
+    lease = next(lease for lease in iter(evaluator.lease, None) if lease["job"] == job.id)
+    return job, evaluator, f"/v1/leases/{lease['lease']}/evaluation"
+
+
+def test_prompts_are_answered_by_the_base_and_by_every_merged_adapter(town: Town, anna: Person) -> None:
+    job, evaluator, report = asked(town, held_out=True, samples=["Who?", "Where?"])
+    evaluator.post(report, {"loss": 3.0, "samples": ["me", ""]}).raise_for_status()
+    anna.work(job)
+    town.tick()
+    lease = next(lease for lease in iter(evaluator.lease, None) if lease["job"] == job.id)
+
+    answers = ["a small machine", "here\n\x1b[31m" + "x" * 9999]
+    evaluator.post(f"/v1/leases/{lease['lease']}/evaluation", {"loss": 2.0, "samples": answers}).raise_for_status()
+
+    view = job.view()
+    assert view["samples"] == ["Who?", "Where?"]
+    assert [row["samples"] for row in view["evaluations"]] == [["me", ""], answers]
+    assert (view["rounds_done"][0]["loss"], view["rounds_done"][0]["samples"]) == (2.0, answers)
+
+
+def test_a_job_with_prompts_and_no_held_out_data_is_sampled(town: Town) -> None:
+    job, evaluator, report = asked(town, samples=["Who?"])
+
+    assert code(evaluator.post(report, {"loss": 1.0, "samples": ["me"]})) == "http.bad_request"
+    assert evaluator.post(report, {"loss": None, "samples": ["me"]}).json() == {"loss": None}
+    assert job.view()["evaluations"] == [{"round": 0, "state": "done", "loss": None, "samples": ["me"]}]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"loss": None, "samples": ["me"]},
+        {"loss": 1.0},
+        {"loss": 1.0, "samples": []},
+        {"loss": 1.0, "samples": ["me", "you"]},
+        {"loss": 1.0, "samples": ["x" * (MAX_ANSWER + 1)]},
+        {"loss": 1.0, "samples": [3]},
+        {"loss": -1.0, "samples": ["me"]},
+        {"samples": ["me"]},
+    ],
+    ids=lambda told: str(told)[:40],
+)
+def test_a_report_must_answer_what_the_recipe_asks_for(town: Town, told: dict[str, Any]) -> None:
+    job, evaluator, report = asked(town, held_out=True, samples=["Who?"])
+
+    assert code(evaluator.post(report, told)) == "http.bad_request"
+
+    assert job.view()["evaluations"][0]["state"] == "leased"
+    assert evaluator.post(report, {"loss": 1.0, "samples": ["x" * MAX_ANSWER]}).status_code == 200
+
+
+def test_a_job_that_asks_for_nothing_is_not_measured(town: Town) -> None:
+    assert town.publish().view()["evaluations"] == []
 
 
 def test_a_worker_cannot_report_a_loss_under_a_training_lease(town: Town, measured: Job, anna: Person) -> None:

@@ -16,13 +16,13 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fixtures_hub import REACH, SHAPES, Job, Person, Town, new_wallet, numbers
+from tests.fixtures_hub import REACH, SHAPES, STEPS, Job, Person, Town, new_wallet, numbers
 from trainchain.core.adapter import adapter_bytes
 from trainchain.core.checks import delta_cap
 from trainchain.core.digests import sha256
 from trainchain.core.errors import CODES
 from trainchain.core.hub import schema
-from trainchain.core.hub.api import SMALL_BODY
+from trainchain.core.hub.api import SIGNED_BODY
 from trainchain.core.hub.service import LEASE_SECONDS
 
 CAP = delta_cap(SHAPES)
@@ -119,6 +119,10 @@ def unsigned(case: Case, signature: str) -> httpx.Response:
     return case.anna.hand_in(case.lease, {**case.document(), "signature": signature})
 
 
+def told(case: Case, micro_tokens: list[int]) -> httpx.Response:
+    return case.anna.hand_in(case.lease, {**case.document(), "micro_tokens": micro_tokens})
+
+
 def flip_last_bit_of(signature: str) -> str:
     return signature[:-1] + ("c" if signature[-1] == "b" else "b")
 
@@ -171,6 +175,13 @@ NAMES: dict[str, tuple[Callable[[Case], httpx.Response], str]] = {
     ),
     "another start adapter": (lambda c: c.hand_in(startHash=NEVER), "contribution.wrong_start"),
     "another encoding": (lambda c: c.hand_in(encoding="int4"), "contribution.encoding"),
+    "no micro-batch of its segments": (
+        lambda c: c.anna.hand_in(c.lease, without(c.document(), "micro_tokens")),
+        "contribution.segments",
+    ),
+    "a segment too few": (lambda c: told(c, [128] * (STEPS - 1)), "contribution.segments"),
+    "a segment too many": (lambda c: told(c, [128] * (STEPS + 1)), "contribution.segments"),
+    "a micro-batch of nothing": (lambda c: told(c, [128, 0, 128, 128]), "http.bad_request"),
     "a delta that was never uploaded": (lambda c: c.hand_in(deltaHash=NEVER), "delta.missing"),
     "an unknown field": (lambda c: c.anna.hand_in(c.lease, {**c.document(), "bonus": 1}), "http.bad_request"),
     "an unknown signed field": (
@@ -423,7 +434,7 @@ def test_a_length_that_is_none_is_refused(case: Case, length: str) -> None:
 
 
 def test_a_body_over_its_cap_is_refused(case: Case) -> None:
-    document = {**case.document(), "signature": "0" * SMALL_BODY}
+    document = {**case.document(), "signature": "0" * SIGNED_BODY}
 
     refused(case, lambda c: c.anna.hand_in(c.lease, document), "http.too_large")
 
@@ -555,6 +566,8 @@ def test_a_loss_that_is_no_number_is_refused(case: Case) -> None:
         {"training": {"max_grad_norm": math.inf}},
         {"training": {"adam_beta1": math.nan}},
         {"training": {"learning_rate": -1.0}},
+        {"steps": 100_001},
+        {"steps": 2**62},
         {"quorum": 0.0},
         {"quorum": 1.5},
         {"rounds": 3},
@@ -632,7 +645,7 @@ def good_documents(case: Case) -> dict[str, Any]:
         "/v1/leases": {"job": case.job.id, "wait": 0.0},
         "/v1/leases/{lease}/beat": {"step": 1, "steps": 2, "tokens_per_second": 1.0},
         "/v1/leases/{lease}/contribution": case.document(),
-        "/v1/leases/{lease}/evaluation": {"loss": 1.0},
+        "/v1/leases/{lease}/evaluation": {"loss": 1.0, "samples": ["an answer"]},
     }
 
 

@@ -16,6 +16,7 @@ from trainchain.core.adapter import adapter_bytes, read_adapter
 from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import cashier, rounds, schema
+from trainchain.core.hub.store import Store
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.rewards import job_price, round_price, shard_reward
 
@@ -349,6 +350,18 @@ def test_a_restarted_hub_goes_on_with_the_same_round(tmp_path: Path) -> None:
         assert parts(town.chain, job.id)[1] == job_price(job.recipe)
     finally:
         town.close()
+
+
+def test_a_hub_does_not_touch_the_tables_of_another_version(tmp_path: Path) -> None:
+    store = Store(tmp_path / "hub.sqlite")
+    with store.write() as db:
+        db.execute(update(schema.meta).where(schema.meta.c.key == "schema").values(value="1"))
+    store.close()
+
+    with pytest.raises(TrainChainError) as refused:
+        Store(tmp_path / "hub.sqlite")
+
+    assert (refused.value.code, "version 1" in refused.value.message) == ("hub.other_version", True)
 
 
 def test_nothing_moves_while_the_chain_is_away_and_nothing_is_lost(

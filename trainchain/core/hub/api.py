@@ -23,6 +23,10 @@ from trainchain.core.objects import Spool
 log = logging.getLogger(__name__)
 
 SMALL_BODY = 64 << 10
+SIGNED_BODY = 1 << 20
+"""A contribution tells of each of its segments."""
+REPORT_BODY = 2 << 20
+"""An evaluation holds the answers to the sample prompts."""
 RECIPE_BODY = 64 << 20
 CHAIN_BODY = 1 << 20
 MAX_WAIT = 25.0
@@ -246,13 +250,13 @@ def create_app(hub: Hub) -> FastAPI:
     @app.post("/v1/leases/{lease_id}/contribution")
     async def contribute(request: Request, lease_id: str) -> dict[str, Any]:
         worker = await wallet(request)
-        signed = await parsed(request, SignedContribution)
+        signed = await parsed(request, SignedContribution, SIGNED_BODY)
         return await thread(contributions.contribute, hub, worker, lease_id, signed)
 
     @app.post("/v1/leases/{lease_id}/evaluation")
     async def evaluation(request: Request, lease_id: str) -> dict[str, Any]:
         worker = await wallet(request)
-        report = await parsed(request, contributions.EvaluationReport)
+        report = await parsed(request, contributions.EvaluationReport, REPORT_BODY)
         return await thread(contributions.evaluated, hub, worker, lease_id, report)
 
     return app

@@ -15,16 +15,18 @@ from trainchain.core.hub import schema
 from trainchain.core.hub.leases import mine
 from trainchain.core.hub.service import Hub
 from trainchain.core.hub.store import Row, move, one
-from trainchain.core.models import Model, SignedContribution
+from trainchain.core.models import MAX_ANSWER, Model, SignedContribution
 from trainchain.core.objects import Spool
 from trainchain.core.rewards import shard_reward
 from trainchain.core.states import Evaluation, Job, Lease, Round, Shard
 
 
 class EvaluationReport(Model):
-    """What an evaluating child measured: mean negative log-likelihood per supervised token."""
+    """What an evaluating child found: mean negative log-likelihood per supervised token (null where the recipe has no
+    held-out data), and the answer to each of the recipe's sample prompts."""
 
-    loss: Annotated[float, Field(ge=0, le=1e6)]
+    loss: Annotated[float, Field(ge=0, le=1e6)] | None
+    samples: list[Annotated[str, Field(max_length=MAX_ANSWER)]] = Field(max_length=16, default_factory=list)
 
 
 def delta_cap(hub: Hub, worker: str, lease_id: str) -> int:
@@ -88,6 +90,11 @@ def contribute(hub: Hub, worker: str, lease_id: str, signed: SignedContribution)
     recipe = hub.recipe(job)
     if given.encoding != recipe.merge.encoding:
         raise TrainChainError("contribution.encoding", f"The recipe's encoding is {recipe.merge.encoding}.")
+    segments = -(-recipe.steps // recipe.training.segment_steps)
+    if len(signed.micro_tokens) != segments:
+        raise TrainChainError(
+            "contribution.segments", f"micro_tokens has {len(signed.micro_tokens)} entries for {segments} segments."
+        )
     size = hub.objects.size(delta)
     if size is None:
         raise TrainChainError("delta.missing", f"No bytes were uploaded as {delta}.", hint="Upload the delta first.")
@@ -222,18 +229,21 @@ def _not_over(job: Row, lease: Row) -> None:
 
 
 def evaluated(hub: Hub, worker: str, lease_id: str, report: EvaluationReport) -> dict[str, Any]:
-    """Record the held-out loss that an evaluating child measured; a repeat is harmless."""
+    """Record the held-out loss and the samples that an evaluating child found; a repeat is harmless."""
     lease = mine(hub, worker, lease_id)
     if lease["kind"] != "evaluate" or worker not in hub.evaluators:
         raise TrainChainError("session.forbidden", "This lease does not ask for a figure.")
+    recipe = hub.recipe(hub.job(lease["job"]))
+    if (report.loss is None) != (recipe.held_out is None) or len(report.samples) != len(recipe.samples):
+        raise TrainChainError("http.bad_request", "The report does not answer what the recipe asks for.")
     with hub.store.write() as db:
         row = one(db, schema.evaluations, job=lease["job"], round=lease["round"])
         current = one(db, schema.leases, id=lease_id)
         assert row is not None
         assert current is not None
         if row["state"] == Evaluation.LEASED and row["lease"] == lease_id:
-            data = {"loss": report.loss}
-            move(db, schema.evaluations, row, Evaluation.DONE, now=hub.clock(), data=data, loss=report.loss)
+            data, found = {"loss": report.loss}, report.model_dump()
+            move(db, schema.evaluations, row, Evaluation.DONE, now=hub.clock(), data=data, **found)
             move(db, schema.leases, current, Lease.DONE, now=hub.clock())
     hub.bell.ring()
     return {"loss": report.loss}

@@ -77,8 +77,7 @@ def _open_round(hub: Hub, job: Row, recipe: ResolvedRecipe, start: str) -> bool:
         if job["state"] == Job.OPEN:
             if not move(db, schema.jobs, job, Job.RUNNING, now=now, round=number):
                 return False
-            if recipe.held_out:
-                _ask_for_loss(db, job["id"], 0, start)
+            _ask_for_measures(db, job["id"], recipe, 0, start)
         else:
             taken = db.execute(
                 update(schema.jobs)
@@ -107,8 +106,11 @@ def _open_round(hub: Hub, job: Row, recipe: ResolvedRecipe, start: str) -> bool:
     return True
 
 
-def _ask_for_loss(db: Connection, job_id: str, round_: int, adapter: str) -> None:
-    db.execute(insert(schema.evaluations).values(job=job_id, round=round_, state=str(Evaluation.OPEN), adapter=adapter))
+def _ask_for_measures(db: Connection, job_id: str, recipe: ResolvedRecipe, round_: int, adapter: str) -> None:
+    """Have an adapter measured, if the recipe has held-out data to measure on or prompts to answer."""
+    if recipe.held_out or recipe.samples:
+        values = {"job": job_id, "round": round_, "state": str(Evaluation.OPEN), "adapter": adapter}
+        db.execute(insert(schema.evaluations).values(**values))
 
 
 def _close(hub: Hub, recipe: ResolvedRecipe, round_: Row, now: float) -> bool:
@@ -167,8 +169,7 @@ def _merge(hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row) -> bool:
             db.execute(
                 insert(schema.objects).values(digest=digest, job=job["id"], size=len(data), public=True, present=True)
             )
-        if recipe.held_out:
-            _ask_for_loss(db, job["id"], round_["round"], digest)
+        _ask_for_measures(db, job["id"], recipe, round_["round"], digest)
         loose = publish_round(db, job["id"], round_["round"])
     for refused in loose:
         drop_unnamed(hub, refused)

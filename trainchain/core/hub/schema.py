@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator
 
-VERSION = 1
+VERSION = 2
 metadata = MetaData()
 
 
@@ -144,6 +144,7 @@ evaluations = Table(
     Column("adapter", String(64), nullable=False),
     Column("lease", ID),
     Column("loss", Float),
+    Column("samples", JSON),
 )
 
 settlements = Table(

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Table, create_engine, event, insert, select, update
 from sqlalchemy.engine import RowMapping
 
+from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import schema
 from trainchain.core.states import check_move
 
@@ -27,8 +28,16 @@ class Store:
         event.listen(self.engine, "begin", _begin)
         path.touch(mode=0o600)
         with self.write() as db:
+            schema.meta.create(db, checkfirst=True)
+            version = db.execute(select(schema.meta.c.value).where(schema.meta.c.key == "schema")).scalar()
+            if version not in (None, str(schema.VERSION)):
+                raise TrainChainError(
+                    "hub.other_version",
+                    f"{path} has tables of version {version}; this is version {schema.VERSION}.",
+                    hint="Let the version that made it finish its jobs, and start this one with another --home.",
+                )
             schema.metadata.create_all(db)
-            if db.execute(select(schema.meta.c.value).where(schema.meta.c.key == "schema")).first() is None:
+            if version is None:
                 db.execute(insert(schema.meta).values(key="schema", value=str(schema.VERSION)))
 
     @contextmanager

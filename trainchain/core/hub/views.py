@@ -50,10 +50,11 @@ def show_job(hub: Hub, job_id: str) -> dict[str, Any]:
         held = {r["id"]: r for r in rows(schema.leases, schema.leases.c.taken) if r["state"] == "held"}
         last = db.execute(select(func.max(schema.events.c.seq)).where(schema.events.c.job == job_id)).scalar()
     given = {(c["round"], c["shard"]): c for c in contributions}
-    losses = {e["round"]: e["loss"] for e in evaluations}
+    found = {e["round"]: e for e in evaluations}
     view_rounds = []
     for row in rounds:
         members = []
+        measured = found.get(row["round"])
         for shard in (s for s in shards if s["round"] == row["round"]):
             counts = recipe.counts[row["round"] - 1][shard["shard"]]
             entry: dict[str, Any] = {
@@ -69,6 +70,7 @@ def show_job(hub: Hub, job_id: str) -> dict[str, Any]:
                     "delta": contribution["delta"],
                     "seconds": contribution["signed"]["seconds"],
                     "losses": contribution["signed"]["losses"],
+                    "micro_tokens": contribution["signed"]["micro_tokens"],
                     "numeric_class": contribution["signed"]["contribution"]["numericClass"],
                 }
             elif lease is not None:
@@ -85,7 +87,8 @@ def show_job(hub: Hub, job_id: str) -> dict[str, Any]:
                 "merged": row["merged"],
                 "merge_seconds": row["merge_seconds"],
                 "merge_error": row["merge_error"],
-                "loss": losses.get(row["round"]),
+                "loss": measured["loss"] if measured else None,
+                "samples": measured["samples"] if measured else None,
                 "shards": members,
             }
         )
@@ -103,7 +106,10 @@ def show_job(hub: Hub, job_id: str) -> dict[str, Any]:
         "funded": str(job["funded"]),
         "price": str(job_price(recipe)),
         "settled_round": job["settled_round"],
-        "evaluations": [{"round": e["round"], "state": e["state"], "loss": e["loss"]} for e in evaluations],
+        "samples": recipe.samples,
+        "evaluations": [
+            {"round": e["round"], "state": e["state"], "loss": e["loss"], "samples": e["samples"]} for e in evaluations
+        ],
         "rounds_done": view_rounds,
         "workers": {w: {**v, "reward": str(v["reward"])} for w, v in workers.items()},
         "settlements": [
