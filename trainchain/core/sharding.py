@@ -5,35 +5,47 @@ stream, of which every shard of every round takes the next piece.
 """
 
 import hashlib
+from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 
-def order(seed: int, epoch: int, rows: int) -> list[int]:
+class Epoch(NamedTuple):
+    """All rows in the epoch's order, and where its sequences begin among them; the last start is the rows' number."""
+
+    rows: Sequence[int]
+    starts: Sequence[int]
+
+
+def order(seed: int, epoch: int, rows: int) -> "array[int]":
     """The rows 0..rows-1 in the epoch's order: sorted by sha256 of `seed|epoch|row`."""
-    prefix = hashlib.sha256(f"{seed}|{epoch}|".encode())
+    fresh = hashlib.sha256(f"{seed}|{epoch}|".encode()).copy
+    keys = []
+    for row in range(rows):
+        digest = fresh()
+        digest.update(b"%d" % row)
+        keys.append(digest.digest())
+    return array("i", sorted(range(rows), key=keys.__getitem__))
 
-    def key(row: int) -> bytes:
-        digest = prefix.copy()
-        digest.update(str(row).encode())
-        return digest.digest()
 
-    return sorted(range(rows), key=key)
+def pack(lengths: Sequence[int], sequence_len: int) -> "array[int]":
+    """Where each sequence begins among documents of these lengths, and at last their number.
 
-
-def pack(lengths: Sequence[int], sequence_len: int) -> list[list[int]]:
-    """Positions of `lengths` grouped into sequences, next-fit: what no longer fits opens the next one."""
-    sequences: list[list[int]] = []
-    room = 0
+    Next-fit: what no longer fits opens the next sequence.
+    """
     for position, length in enumerate(lengths):
         if not 1 <= length <= sequence_len:
             raise ValueError(f"document {position} has length {length}, outside 1..{sequence_len}")
-        if length > room:
-            sequences.append([])
-            room = sequence_len
-        sequences[-1].append(position)
-        room -= length
-    return sequences
+    before = list(accumulate(lengths, initial=0))
+    starts = array("i", [0])
+    while starts[-1] < len(lengths):
+        first = starts[-1]
+        # no more than sequence_len documents fit, as none is empty
+        last = min(first + sequence_len, len(lengths))
+        starts.append(bisect_right(before, before[first] + sequence_len, first + 1, last + 1) - 1)
+    return starts
 
 
 def shard_range(round: int, shard: int, *, shards: int, steps: int, batch_size: int) -> tuple[int, int]:
@@ -43,37 +55,50 @@ def shard_range(round: int, shard: int, *, shards: int, steps: int, batch_size: 
     return index * size, (index + 1) * size
 
 
-class DataOrder:
-    """The endless stream of packed sequences over documents of these lengths; rows are positions in it."""
+def _make(epoch: int, make: Callable[[], Epoch]) -> Epoch:
+    return make()
 
-    def __init__(self, lengths: Sequence[int], *, sequence_len: int, seed: int) -> None:
-        if not lengths:
+
+class DataOrder:
+    """The endless stream of packed sequences over documents of these lengths; rows are positions in it.
+
+    `keep(epoch, make)` returns what `make()` does, and may have kept it from an earlier time.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        sequence_len: int,
+        seed: int,
+        keep: Callable[[int, Callable[[], Epoch]], Epoch] = _make,
+    ) -> None:
+        if not len(lengths):
             raise ValueError("there are no documents to order")
         self._lengths = lengths
         self._sequence_len = sequence_len
         self._seed = seed
+        self._keep = keep
         self._starts = [0]
-        self._cache: dict[int, list[list[int]]] = {}
+        self._cache: dict[int, Epoch] = {}
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """The sequences of one epoch, each a list of rows; every row stands in exactly one of them."""
-        if epoch not in self._cache:
-            while len(self._cache) > 1:
-                self._cache.pop(next(iter(self._cache)))
-            rows = order(self._seed, epoch, len(self._lengths))
-            packed = pack([self._lengths[row] for row in rows], self._sequence_len)
-            self._cache[epoch] = [[rows[position] for position in sequence] for sequence in packed]
-        return self._cache[epoch]
+        return self._cut(epoch, 0, self.size(epoch))
+
+    def size(self, epoch: int) -> int:
+        """How many sequences the epoch has."""
+        return len(self._epoch(epoch).starts) - 1
 
     def sequences(self, start: int, stop: int) -> list[list[int]]:
         """The sequences start..stop-1 of the stream."""
         while self._starts[-1] < stop:
-            self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
+            self._starts.append(self._starts[-1] + self.size(len(self._starts) - 1))
         found: list[list[int]] = []
         epoch = bisect_right(self._starts, start) - 1
         while start + len(found) < stop:
             first = start + len(found) - self._starts[epoch]
-            found += self.epoch(epoch)[first : stop - self._starts[epoch]]
+            found += self._cut(epoch, first, min(stop - self._starts[epoch], self.size(epoch)))
             epoch += 1
         return found
 
@@ -82,3 +107,18 @@ class DataOrder:
         start, stop = shard_range(round, shard, shards=shards, steps=steps, batch_size=batch_size)
         found = self.sequences(start, stop)
         return [found[at : at + batch_size] for at in range(0, len(found), batch_size)]
+
+    def _cut(self, epoch: int, first: int, last: int) -> list[list[int]]:
+        rows, starts = self._epoch(epoch)
+        return [list(rows[starts[at] : starts[at + 1]]) for at in range(first, last)]
+
+    def _epoch(self, epoch: int) -> Epoch:
+        if epoch not in self._cache:
+            while len(self._cache) > 1:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[epoch] = self._keep(epoch, lambda: self._ordered(epoch))
+        return self._cache[epoch]
+
+    def _ordered(self, epoch: int) -> Epoch:
+        rows = order(self._seed, epoch, len(self._lengths))
+        return Epoch(rows, pack([self._lengths[row] for row in rows], self._sequence_len))

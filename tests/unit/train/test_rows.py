@@ -14,7 +14,7 @@ TOKENIZER = make_tokenizer()
 
 def encode(form: Any, row: dict[str, Any]) -> tuple[str, str]:
     """All the text, and the text the loss is taken on."""
-    ids, mask = encoder(form, TOKENIZER)(row)
+    ((ids, mask),) = encoder(form, TOKENIZER)([row])
     return TOKENIZER.decode(ids), TOKENIZER.decode([token for token, on in zip(ids, mask, strict=True) if on])
 
 
@@ -79,7 +79,7 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "\xff"}\n')
 
-    with pytest.raises(TrainChainError, match="line 1 is not JSON"):
+    with pytest.raises(TrainChainError, match=r"line 1 is not UTF-8 \(byte 0xff at 11\)"):
         list(read_rows(path))
 
 
@@ -124,7 +124,7 @@ def test_cut_rows_are_counted_and_rows_that_teach_nothing_skipped(tmp_path: Path
 
     assert (found.rows, found.truncated, found.skipped, len(found.ids)) == (3, 2, 1, 2)
     assert found.lengths() == [3, 16]
-    assert found.supervised == [2, 15]
+    assert list(found.supervised) == [2, 15]
     assert found.counts([0, 1]).model_dump() == {"rows": 2, "tokens": 19, "supervised": 17}
 
 
@@ -133,7 +133,7 @@ def test_the_first_token_of_a_document_is_never_a_target(tmp_path: Path) -> None
 
     found = load_documents([(path, "text")], TOKENIZER, 16)
 
-    assert found.supervised == [len(found.ids[0]) - 1]
+    assert list(found.supervised) == [len(found.ids[0]) - 1]
     assert found.skipped == 1
 
 

@@ -1,105 +1,215 @@
-"""Tokenized documents of a job, and the counts of its shards. No torch."""
+"""The tokenized documents of a job, their order, and the counts of its shards. No torch."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainchain.core.digests import canonical_json, sha256, sha256_file
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import Counts, DataFormat, ResolvedRecipe
-from trainchain.core.sharding import DataOrder
-from trainchain.core.train.rows import Document, bad_row, encoder, read_rows
+from trainchain.core.sharding import DataOrder, Epoch
+from trainchain.core.train.arrays import ArrayWriter, Facts, Kinds, open_arrays
+from trainchain.core.train.rows import Document, Encoder, bad_row, encoder, read_batches, unreadable
+from trainchain.core.train.tokenized import KINDS, Collector, Parts, Place
+from trainchain.core.train.tokenized import TokenizedData as TokenizedData
 
-Tokens = NDArray[np.int32]
-Mask = NDArray[np.bool_]
+log = logging.getLogger(__name__)
 
+Sources = Sequence[tuple[Path, DataFormat]]
+"""jsonl files with their formats."""
 
-@dataclass
-class TokenizedData:
-    """Documents with at least one supervised target, in file order, and what became of the others.
-
-    `supervised[i]` counts document i's targets: masked tokens but for the first, which nothing predicts.
-    """
-
-    ids: list[Tokens] = field(default_factory=list)
-    masks: list[Mask] = field(default_factory=list)
-    supervised: list[int] = field(default_factory=list)
-    rows: int = 0
-    truncated: int = 0
-    skipped: int = 0
-
-    def add(self, document: Document, sequence_len: int) -> None:
-        ids, mask = document
-        self.rows += 1
-        self.truncated += len(ids) > sequence_len
-        supervised = sum(mask[1:sequence_len])
-        if not supervised:
-            self.skipped += 1
-            return
-        self.ids.append(np.array(ids[:sequence_len], np.int32))
-        self.masks.append(np.array(mask[:sequence_len], np.bool_))
-        self.supervised.append(supervised)
-
-    def extend(self, other: "TokenizedData") -> None:
-        self.ids += other.ids
-        self.masks += other.masks
-        self.supervised += other.supervised
-        self.rows += other.rows
-        self.truncated += other.truncated
-        self.skipped += other.skipped
-
-    def lengths(self) -> list[int]:
-        return [len(ids) for ids in self.ids]
-
-    def counts(self, documents: Sequence[int]) -> Counts:
-        return Counts(
-            rows=len(documents),
-            tokens=sum(len(self.ids[row]) for row in documents),
-            supervised=sum(self.supervised[row] for row in documents),
-        )
+LAYOUT = 1
+"""Raised when the same rows become other documents; in every key of a cache."""
+ORDER: Kinds = {"rows": np.int32, "starts": np.int32}
+KEPT_ORDER = 20_000
+"""The fewest documents whose order is kept: fewer are sorted faster than files are opened."""
 
 
 def load_documents(
-    sources: Sequence[tuple[Path, DataFormat]], tokenizer: Any, sequence_len: int, limit: int | None = None
+    sources: Sources,
+    tokenizer: Any,
+    sequence_len: int,
+    limit: int | None = None,
+    *,
+    vocab_size: int | None = None,
+    cache: Path | None = None,
 ) -> TokenizedData:
     """The documents of all files in order, each cut at `sequence_len`; of each file the first `limit` rows.
 
-    Raises TrainChainError: data.format naming file and line, data.empty when nothing can be trained on.
+    With a `cache` folder they are tokenized once and mapped from there by whoever asks for the same again.
+    Raises TrainChainError: source.missing; data.format naming file and line; data.empty when nothing can be
+    trained on; model.unreadable on a token id not below `vocab_size`.
     """
-    every = TokenizedData()
-    for path, form in sources:
-        encode = encoder(form, tokenizer)
-        found = TokenizedData()
-        for number, row in islice(read_rows(path), limit):
-            try:
-                document = encode(row)
-            except ValueError as error:
-                raise bad_row(path, number, str(error)) from None
-            found.add(document, sequence_len)
-        if not found.rows:
+
+    def fill(write: Callable[[str, NDArray[Any]], None]) -> Facts:
+        collector = Collector(sequence_len, write)
+        for path, form in sources:
+            collector.next_source()
+            for line, document in _documents(path, encoder(form, tokenizer), limit):
+                _check_ids(path, line, document[0][:sequence_len], tokenizer, vocab_size)
+                collector.add(document, line)
+        return collector.close()
+
+    key = None if cache is None else cache_key(sources, tokenizer, sequence_len, limit, vocab_size)
+    found = None if cache is None or key is None else _cached(cache / key / "documents", fill)
+    if found is None:
+        parts = Parts()
+        facts = fill(parts.write)
+        found = TokenizedData(parts.joined(), facts["rows"])
+    for (path, _), rows in zip(sources, found.source_rows, strict=True):
+        if not rows:
             raise TrainChainError("data.empty", f"{path.name} has no rows.", hint="It needs one JSON object a line.")
-        every.extend(found)
-    if not every.ids:
-        names = ", ".join(path.name for path, _ in sources) or "The recipe"
+    if not len(found):
+        raise _teaches_nothing(sources, found, sequence_len)
+    return found
+
+
+def cache_key(
+    sources: Sources, tokenizer: Any, sequence_len: int, limit: int | None, vocab_size: int | None
+) -> str | None:
+    """A digest of all that the documents follow from; None for a tokenizer whose rules cannot be read off it."""
+    rules = _tokenizer_digest(tokenizer)
+    if rules is None:
+        return None
+    facts = {
+        "layout": LAYOUT,
+        "sources": [[_file_digest(path), form] for path, form in sources],
+        "limit": limit,
+        "sequence_len": sequence_len,
+        "vocab_size": vocab_size,
+        "tokenizer": rules,
+        "libraries": {name: version(name) for name in ("tokenizers", "transformers", "jinja2")},
+    }
+    return sha256(canonical_json(facts))
+
+
+def _tokenizer_digest(tokenizer: Any) -> str | None:
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if not hasattr(backend, "to_str"):
+        return None
+    # these two are settings of the last call, not rules; every call sets them anew
+    backend.no_truncation()
+    backend.no_padding()
+    rest = {
+        "class": type(tokenizer).__qualname__,
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "split_special": bool(getattr(tokenizer, "split_special_tokens", False)),
+        "template": tokenizer.chat_template,
+    }
+    return sha256(canonical_json([sha256(backend.to_str().encode()), rest]))
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def _cached(folder: Path, fill: Callable[[Callable[[str, NDArray[Any]], None]], Facts]) -> TokenizedData | None:
+    """The documents mapped from `folder`, written there first where they are not; None where nothing can be."""
+    found = TokenizedData.mapped(folder)
+    if found is not None:
+        return found
+    try:
+        with ArrayWriter(folder, KINDS) as writer:
+            writer.publish(fill(writer.write))
+    except OSError as error:
+        log.warning("the tokenized data is not kept in %s: %s", folder, error)
+        return None
+    return TokenizedData.mapped(folder)
+
+
+def _documents(path: Path, encode: Encoder, limit: int | None) -> Iterator[tuple[int, Document]]:
+    """The file's documents with their lines, encoded by the batch."""
+    for batch in read_batches(path, limit):
+        try:
+            yield from zip([line for line, _ in batch], encode([row for _, row in batch]), strict=True)
+            continue
+        except ValueError:
+            pass
+        for line, row in batch:
+            try:
+                (document,) = encode([row])
+            except ValueError as error:
+                raise bad_row(path, line, str(error)) from None
+            yield line, document
+
+
+def _check_ids(path: Path, line: int, ids: Sequence[Any], tokenizer: Any, vocab_size: int | None) -> None:
+    if any(type(token) is not int for token in ids):
+        raise bad_row(path, line, "has text that the tokenizer knows no token for")
+    token = max(ids, default=0)
+    if vocab_size is not None and token >= vocab_size:
         raise TrainChainError(
-            "data.empty",
-            f"{names} has no row with a token to train on within sequence_len {sequence_len}.",
-            hint="Raise sequence_len, or look at what the rows hold.",
+            "model.unreadable",
+            f"{path.name} line {line} has the token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), but the "
+            f"base model knows only the {vocab_size} tokens below {vocab_size}.",
+            hint="The tokenizer in the model folder is not the model's own, or has tokens added; leave those out.",
+            file=path.name,
+            line=line,
         )
-    return every
+
+
+def vocabulary(config: Any) -> int | None:
+    """How many token ids a base of this config takes; None where it does not say."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def name_rows(sources: Sequence[tuple[Path, object]], places: Sequence[Place]) -> list[str]:
+    return [f"{sources[place.source][0].name} line {place.line}" for place in places]
+
+
+def _teaches_nothing(sources: Sources, documents: TokenizedData, sequence_len: int) -> TrainChainError:
+    names = ", ".join(path.name for path, _ in sources) or "The recipe"
+    first = documents.skipped_at(1)
+    where = f" The first is {name_rows(sources, first)[0]}"
+    if first and first == documents.truncated_at(1):
+        where += ", whose targets all lie beyond that length"
+    return TrainChainError(
+        "data.empty",
+        f"{names} has no row with a token to train on within sequence_len {sequence_len}.{where if first else ''}.",
+        hint="Raise sequence_len, or look at what the rows hold.",
+    )
 
 
 def data_order(recipe: ResolvedRecipe, documents: TokenizedData) -> DataOrder:
-    training = recipe.training
-    return DataOrder(documents.lengths(), sequence_len=training.sequence_len, seed=training.seed)
+    """The job's order; kept beside the documents where these are mapped."""
+    return _order(documents, recipe.training.sequence_len, recipe.training.seed)
+
+
+def _order(documents: TokenizedData, sequence_len: int, seed: int) -> DataOrder:
+    def keep(epoch: int, make: Callable[[], Epoch]) -> Epoch:
+        if documents.folder is None or len(documents) < KEPT_ORDER:
+            return make()
+        folder = documents.folder / f"order-{sequence_len}-{seed}-{epoch}"
+        found = open_arrays(folder, ORDER)
+        if found is not None:
+            return Epoch(found[1]["rows"].data, found[1]["starts"].data)
+        made = make()
+        with suppress(OSError), ArrayWriter(folder, ORDER) as writer:
+            writer.write("rows", np.asarray(made.rows))
+            writer.write("starts", np.asarray(made.starts))
+            writer.publish({})
+        return made
+
+    return DataOrder(documents.sizes.data, sequence_len=sequence_len, seed=seed, keep=keep)
 
 
 def shard_batches(recipe: ResolvedRecipe, order: DataOrder, round: int, shard: int) -> list[list[list[int]]]:
-    """Per step the packed sequences, each a list of rows of the tokenized data."""
+    """Per step the packed sequences, each a list of rows of the tokenized data.
+
+    No step is empty: each has `batch_size` sequences, each sequence a row, and each row a supervised target.
+    """
     batch_size = recipe.training.batch_size
     return order.shard(round, shard, shards=recipe.shards, steps=recipe.steps, batch_size=batch_size)
 
@@ -119,8 +229,8 @@ def count_all(
     steps: int,
 ) -> list[list[Counts]]:
     """`counts[round - 1][shard]` as a recipe pins them; data.too_small when an epoch is less than a step."""
-    order = DataOrder(documents.lengths(), sequence_len=sequence_len, seed=seed)
-    sequences = len(order.epoch(0))
+    order = _order(documents, sequence_len, seed)
+    sequences = order.size(0)
     if sequences < batch_size:
         raise TrainChainError(
             "data.too_small",
