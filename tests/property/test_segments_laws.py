@@ -1,4 +1,5 @@
 import struct
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -6,7 +7,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainchain.core.segments import bf16, from_bf16, leaf, proof, start_leaf, state_root, tensor_digest, verify
+from trainchain.core.errors import TrainChainError
+from trainchain.core.segments import (
+    State,
+    bf16,
+    from_bf16,
+    leaf,
+    proof,
+    read_state,
+    segment_ends,
+    start_leaf,
+    state_bytes,
+    state_digests,
+    state_root,
+    tensor_digest,
+    verify,
+)
 
 LEASE = bytes(range(32))
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -58,8 +74,71 @@ def test_the_start_leaf_is_no_steps_and_zero_moments() -> None:
     w = {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}
     zeros = {"a": np.zeros((2, 3), np.float32)}
 
-    assert start_leaf(LEASE, w) == leaf(LEASE, 0, 0, w, zeros, zeros)
-    assert len({leaf(LEASE, i, t, w, m, zeros) for i in (0, 1) for t in (0, 1) for m in (w, zeros)}) == 8
+    def of(index: int, t: int, m: dict[str, np.ndarray]) -> bytes:
+        return leaf(LEASE, index, t, state_digests(State(t, w, m, zeros)))
+
+    assert start_leaf(LEASE, w) == of(0, 0, zeros)
+    assert len({of(i, t, m) for i in (0, 1) for t in (0, 1) for m in (w, zeros)}) == 8
+
+
+@given(st.integers(1, 200), st.integers(1, 200))
+def test_segments_cover_all_steps_and_none_twice(steps: int, k: int) -> None:
+    ends = segment_ends(steps, k)
+
+    assert ends[-1] == steps
+    assert len(ends) == -(-steps // k)
+    assert all(0 < after - before <= k for before, after in pairwise([0, *ends]))
+
+
+def some_state(t: int = 3) -> State:
+    random = np.random.default_rng(t)
+
+    def tensors() -> dict[str, np.ndarray]:
+        return {"x.a": random.normal(size=(2, 3)).astype(np.float32), "x.b": random.normal(size=4).astype(np.float32)}
+
+    m, v = ({name: from_bf16(bf16(tensor)) for name, tensor in tensors().items()} for _ in "mv")
+    return State(t, tensors(), m, v)
+
+
+SHAPES = {"x.a": (2, 3), "x.b": (4,)}
+
+
+def test_a_state_comes_back_from_its_bytes() -> None:
+    state = some_state()
+
+    again = read_state(state_bytes(state), 3, SHAPES)
+
+    assert state_digests(again) == state_digests(state)
+    assert state_bytes(again) == state_bytes(state)
+
+
+def _code_or_digests(data: bytes) -> object:
+    try:
+        return state_digests(read_state(data, 3, SHAPES))
+    except TrainChainError as error:
+        return error.code if error.code == "state.invalid" else "another code"
+
+
+@given(st.data())
+def test_bytes_of_a_state_that_were_touched_are_refused_or_give_other_digests(data: st.DataObject) -> None:
+    state = some_state()
+    whole = bytearray(state_bytes(state))
+    at = data.draw(st.integers(0, len(whole) - 1))
+    whole[at] ^= data.draw(st.integers(1, 255))
+    cut = data.draw(st.integers(0, len(whole)))
+
+    for touched in (bytes(whole), bytes(whole[:cut])):
+        if touched == state_bytes(state):
+            continue
+        assert _code_or_digests(touched) not in (state_digests(state), "another code")
+
+
+@pytest.mark.parametrize("shapes", [{"x.a": (2, 3)}, {"x.a": (3, 2), "x.b": (4,)}, {**SHAPES, "x.c": (1,)}])
+def test_a_state_of_another_adapter_is_refused_by_name(shapes: dict[str, tuple[int, ...]]) -> None:
+    with pytest.raises(TrainChainError, match=r"x\.[abc]") as caught:
+        read_state(state_bytes(some_state()), 3, shapes)
+
+    assert caught.value.code == "state.invalid"
 
 
 def test_the_canonical_bytes_do_not_change() -> None:

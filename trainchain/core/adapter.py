@@ -17,6 +17,7 @@ from trainchain.core.models import ResolvedRecipe
 Adapter = dict[str, NDArray[np.float32]]
 """By the names PEFT saves: `base_model.model.<module>.lora_A.weight` (r, in), `.lora_B.weight` (out, r)."""
 
+DTYPES = {"<f4": "F32", "<u2": "BF16"}
 PREFIX = "base_model.model."
 A_SUFFIX = ".lora_A.weight"
 B_SUFFIX = ".lora_B.weight"
@@ -43,7 +44,12 @@ def read_adapter(source: Path | bytes) -> Adapter:
 
 
 def adapter_bytes(tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
-    """The one safetensors form of these tensors: fp32 little-endian, names sorted, no metadata.
+    """The one safetensors form of these tensors: fp32 little-endian, names sorted, no metadata."""
+    return tensor_bytes({name: np.asarray(tensor, dtype="<f4") for name, tensor in tensors.items()})
+
+
+def tensor_bytes(tensors: Mapping[str, NDArray[Any]]) -> bytes:
+    """The one safetensors form of fp32 arrays, and of uint16 arrays, which hold the bits of bf16.
 
     Written here and not by the library: digests of these bytes are signed and must not change with its
     version.
@@ -52,9 +58,10 @@ def adapter_bytes(tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
     parts: list[bytes] = []
     offset = 0
     for name in sorted(tensors):
-        data = np.ascontiguousarray(tensors[name], dtype="<f4").tobytes()
+        kind = DTYPES[tensors[name].dtype.str]
+        data = np.ascontiguousarray(tensors[name]).tobytes()
         shape = list(tensors[name].shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + len(data)]}
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + len(data)]}
         parts.append(data)
         offset += len(data)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

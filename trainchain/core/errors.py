@@ -107,9 +107,12 @@ CODES: dict[str, Reason] = {
     "delta.out_of_reach": Reason(422, 1, "An element moved further than the optimizer can move it in the shard."),
     "receipt.invalid": Reason(502, 4, "The hub's receipt is not signed by it, or promises another amount."),
     # training
+    "adapter.unfit": Reason(422, 2, "The adapter is not one of the recipe: of another base, rank, or set of modules."),
     "train.child_died": Reason(500, 1, "The training process ended without a result."),
     "train.out_of_memory": Reason(507, 1, "The shard does not fit this machine's memory."),
-    "train.diverged": Reason(500, 1, "The loss stopped being a finite number."),
+    "train.diverged": Reason(500, 1, "The loss, a gradient or a weight stopped being a finite number."),
+    "train.unsupported": Reason(422, 1, "This machine lacks what the recipe demands: a device, a kernel, a library."),
+    "state.invalid": Reason(422, 4, "A segment's state is not what a state of this adapter must be."),
     "merge.unmergeable": Reason(422, 1, "The adapters cannot be merged exactly by this method."),
     # chain, wallet, money
     "chain.unreachable": Reason(503, 3, "The chain's RPC did not answer after bounded retries."),

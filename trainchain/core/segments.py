@@ -1,4 +1,4 @@
-"""Canonical bytes of a training state, and the Merkle tree over a shard's states. Standard library and numpy.
+"""Canonical bytes of a training state, and the Merkle tree over a shard's states. Imports numpy and safetensors.
 
 State t of a shard is (W, M, V): the adapter in fp32 and AdamW's moments rounded to bf16. A leaf is
 SHA256(0x00 | lease (32) | i (u32 BE) | t (u32 BE) | H(W) | H(M) | H(V)); a node is SHA256(0x01 | left |
@@ -8,10 +8,15 @@ right), and a node without a sibling is promoted as it is.
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import safetensors
 from numpy.typing import NDArray
+
+from trainchain.core.adapter import tensor_bytes
+from trainchain.core.errors import TrainChainError
 
 Tensors = Mapping[str, NDArray[np.float32]]
 Encoding = Literal["fp32", "bf16"]
@@ -50,20 +55,88 @@ def tensor_digest(tensors: Tensors, encoding: Encoding) -> bytes:
     return digest.digest()
 
 
-def leaf(lease: bytes, index: int, t: int, w: Tensors, m: Tensors, v: Tensors) -> bytes:
-    """The leaf of the state after `t` steps, the shard's `index`-th; the moments are rounded to bf16 here."""
+@dataclass(frozen=True)
+class State:
+    """All that the next step depends on, after `t` steps of a shard; the moments hold bf16 values."""
+
+    t: int
+    w: Tensors
+    m: Tensors
+    v: Tensors
+
+
+class StateDigests(NamedTuple):
+    """H(W), H(M), H(V)."""
+
+    w: bytes
+    m: bytes
+    v: bytes
+
+
+def segment_ends(steps: int, segment_steps: int) -> list[int]:
+    """The steps after which a shard commits its state; the last segment may be shorter."""
+    return [*range(segment_steps, steps, segment_steps), steps]
+
+
+def state_digests(state: State) -> StateDigests:
+    """Raises ValueError on a value that is not finite."""
+    return StateDigests(tensor_digest(state.w, "fp32"), tensor_digest(state.m, "bf16"), tensor_digest(state.v, "bf16"))
+
+
+def start_state(w: Tensors) -> State:
+    """The state before the first step: moments are zero."""
+    zeros = {name: np.zeros(tensor.shape, np.float32) for name, tensor in w.items()}
+    return State(0, w, zeros, zeros)
+
+
+def leaf(lease: bytes, index: int, t: int, digests: StateDigests) -> bytes:
+    """The leaf of the state after `t` steps, the shard's `index`-th."""
     if len(lease) != 32:
         raise ValueError("a lease id has 32 bytes")
     head = b"\x00" + lease + struct.pack(">II", index, t)
-    return hashlib.sha256(
-        head + tensor_digest(w, "fp32") + tensor_digest(m, "bf16") + tensor_digest(v, "bf16")
-    ).digest()
+    return hashlib.sha256(head + digests.w + digests.m + digests.v).digest()
 
 
 def start_leaf(lease: bytes, w: Tensors) -> bytes:
-    """Leaf 0, which everybody who has the start adapter can compute: no steps, zero moments."""
-    zeros = {name: np.zeros(tensor.shape, np.float32) for name, tensor in w.items()}
-    return leaf(lease, 0, 0, w, zeros, zeros)
+    """Leaf 0, which everybody who has the start adapter can compute."""
+    return leaf(lease, 0, 0, state_digests(start_state(w)))
+
+
+def state_bytes(state: State) -> bytes:
+    """The state as safetensors: `w.NAME` in fp32, `m.NAME` and `v.NAME` in bf16. `t` is the file's name to say."""
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, tensor in state.w.items():
+        tensors["w." + name] = np.asarray(tensor, dtype="<f4")
+        tensors["m." + name] = bf16(state.m[name])
+        tensors["v." + name] = bf16(state.v[name])
+    return tensor_bytes(tensors)
+
+
+def read_state(data: bytes, t: int, shapes: Mapping[str, tuple[int, ...]]) -> State:
+    """Parse a state of an adapter of these shapes. Raises TrainChainError state.invalid, naming the tensor."""
+    try:
+        found = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
+    except (safetensors.SafetensorError, ValueError, OverflowError, UnicodeDecodeError) as error:
+        raise TrainChainError("state.invalid", f"The state is not safetensors: {str(error)[:200]}.") from None
+    wanted = {f"{kind}.{name}" for kind in "wmv" for name in shapes}
+    if odd := sorted(wanted ^ found.keys()):
+        raise TrainChainError("state.invalid", f"The state lacks or should not have the tensor {odd[0][:200]!r}.")
+
+    def tensor(kind: str, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        entry = found[f"{kind}.{name}"]
+        dtype = "F32" if kind == "w" else "BF16"
+        if entry["dtype"] != dtype or tuple(entry["shape"]) != shape:
+            raise TrainChainError(
+                "state.invalid", f"{kind}.{name} is {entry['dtype']} {entry['shape']}, not {dtype} {list(shape)}."
+            )
+        raw = bytes(entry["data"])
+        values = np.frombuffer(raw, "<f4") if kind == "w" else from_bf16(np.frombuffer(raw, "<u2"))
+        if not np.isfinite(values).all():
+            raise TrainChainError("state.invalid", f"{kind}.{name} holds NaN or infinity.")
+        return values.reshape(shape)
+
+    w, m, v = ({name: tensor(kind, name, shape) for name, shape in sorted(shapes.items())} for kind in "wmv")
+    return State(t, w, m, v)
 
 
 def _node(left: bytes, right: bytes) -> bytes:

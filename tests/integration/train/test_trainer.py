@@ -13,9 +13,9 @@ from trainchain.core.adapter import Adapter, apply, read_adapter, write_peft_fol
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import Counts
 from trainchain.core.schedule import learning_rate
-from trainchain.core.segments import start_leaf, verify
+from trainchain.core.segments import proof, start_leaf, verify
 from trainchain.core.train.data import TokenizedData, shard_batches
-from trainchain.core.train.packed import loss_sum, micro_batch
+from trainchain.core.train.packed import micro_batch
 
 LEASE = "0x" + "ab" * 32
 MakeJob = Callable[..., Job]
@@ -53,10 +53,10 @@ def plain_loss(model: PeftModel, documents: TokenizedData, rows: list[int]) -> t
 def test_packed_loss_and_gradients_are_those_of_plain_peft(make_job: MakeJob, tmp_path: Path, attention: str) -> None:
     job = make_job(attention=attention)
     engine, adapter = job.engine(), some_adapter(job)
-    engine._adapted.load(adapter)
+    engine._adapted.begin(adapter)
     rows = [0, 5, 3, 8, 1]
 
-    packed = loss_sum(engine._adapted.model, micro_batch(engine.documents, rows, torch.device("cpu")))
+    packed = engine._adapted.loss_sum(micro_batch(engine.documents, rows, torch.device("cpu")))
     packed.backward()
     plain = plain_peft(job, adapter, tmp_path / "peft")
     loss = plain_loss(plain, engine.documents, rows)
@@ -109,8 +109,9 @@ def test_the_loss_goes_down_and_the_result_hangs_together(make_job: MakeJob) -> 
     assert result.counts == job.recipe.counts[0][0]
     assert off(apply(job.start, result.delta), result.end) < 1e-6
     assert result.leaves[0] == start_leaf(bytes.fromhex(LEASE[2:]), job.start)
-    assert len(set(result.leaves)) == 2
-    assert verify(result.state_root, result.leaves[1], 1, 2, [result.leaves[0]])
+    assert len(set(result.leaves)) == len(result.leaves) == 1 + 15
+    assert verify(result.state_root, result.leaves[15], 15, 16, proof(result.leaves, 15))
+    assert [segment.t for segment in result.segments] == list(range(2, 31, 2))
     reach = 3 * job.recipe.training.learning_rate * job.recipe.steps
     assert max(np.abs(tensor).max() for tensor in result.delta.values()) < reach
 
@@ -215,7 +216,7 @@ def test_memory_that_runs_out_is_said(make_job: MakeJob, monkeypatch: pytest.Mon
 
     job = make_job()
     engine = job.engine()
-    monkeypatch.setattr(engine, "_step", full)
+    monkeypatch.setattr(engine._adapted, "step", full)
 
     with pytest.raises(TrainChainError) as caught:
         engine.train(job.start, 1, 0, LEASE)
@@ -230,6 +231,7 @@ def test_an_adapter_of_other_targets_is_refused(make_job: MakeJob) -> None:
     with pytest.raises(TrainChainError) as caught:
         engine.train(other, 1, 0, LEASE)
     assert caught.value.code == "job.invalid"
+    assert "down_proj.lora_A.weight is not there" in caught.value.message
 
 
 def test_a_model_whose_documents_leak_is_refused(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:

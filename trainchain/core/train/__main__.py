@@ -1,7 +1,9 @@
-"""The resident training child: `python -m trainchain.core.train --threads N`.
+"""The resident training child: `python -m trainchain.core.train --threads N [--processes N]`.
 
 Reads one JSON request a line on stdin and writes one JSON event a line on stdout. It lives as long as its
 stdin is open: when the parent goes, however it goes, the child goes too, even in the middle of a step.
+
+With several processes the first starts the others, hands every request on to them, and speaks for all.
 """
 
 import argparse
@@ -9,6 +11,8 @@ import json
 import logging
 import os
 import queue
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 Emit = Callable[[dict[str, Any]], None]
 DELTA_FILE = "delta.safetensors"
+END_FILE = "end.safetensors"
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -58,7 +63,16 @@ class Child:
             self._engine.close()
             self._engine = None
         paths = {digest: Path(path) for digest, path in request["data"].items()}
-        self._engine = Engine(recipe, Path(request["model_dir"]), paths, threads=self._threads)
+        cache = request.get("cache")
+        self._engine = Engine(
+            recipe,
+            Path(request["model_dir"]),
+            paths,
+            threads=self._threads,
+            cache=None if cache is None else Path(cache),
+            checkpointing=bool(request.get("checkpointing")),
+            micro_tokens=request.get("micro_tokens"),
+        )
         return {"event": "ready", "numeric_class": self._engine.numeric_class}
 
     def _train(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -66,13 +80,27 @@ class Child:
             self._emit({"event": "step", "step": step, "steps": steps, "tokens": tokens, "loss": loss})
 
         engine, start = self._opened(), read_adapter(Path(request["start"]))
-        result = engine.train(start, request["round"], request["shard"], request["lease"], on_step)
-        path = Path(request["out"]) / DELTA_FILE
-        _publish(path, adapter_bytes(result.delta))
+        states = request.get("states")
+        result = engine.train(
+            start,
+            request["round"],
+            request["shard"],
+            request["lease"],
+            on_step,
+            states=None if states is None else Path(states),
+        )
+        out = Path(request["out"])
+        if engine.leads:
+            _publish(out / DELTA_FILE, adapter_bytes(result.delta))
+            _publish(out / END_FILE, adapter_bytes(result.end))
         return {
             "event": "done",
-            "delta": str(path),
+            "delta": str(out / DELTA_FILE),
+            "end": str(out / END_FILE),
             "state_root": result.state_root,
+            "leaves": ["0x" + leaf.hex() for leaf in result.leaves],
+            "micro_tokens": [segment.micro_tokens for segment in result.segments],
+            "resumed": result.resumed,
             **result.counts.model_dump(),
             "losses": list(result.losses[:2]),
             "seconds": round(result.seconds, 3),
@@ -80,10 +108,15 @@ class Child:
         }
 
     def _evaluate(self, request: dict[str, Any]) -> dict[str, Any]:
-        engine = self._opened()
-        path = request["adapter"]
-        loss = engine.evaluate(None if path is None else read_adapter(Path(path)))
-        return {"event": "done", "loss": loss, "tokens": sum(engine.held_out().supervised)}
+        engine, path = self._opened(), request["adapter"]
+        adapter = None if path is None else read_adapter(Path(path))
+        judged = engine.recipe.held_out is not None
+        return {
+            "event": "done",
+            "loss": engine.evaluate(adapter) if judged else None,
+            "tokens": int(sum(engine.held_out().supervised)) if judged else 0,
+            "samples": engine.samples(adapter),
+        }
 
     def _opened(self) -> "Engine":
         if self._engine is None:
@@ -92,29 +125,66 @@ class Child:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(prog="trainchain.core.train")
-    arguments.add_argument("--threads", type=int, default=1)
-    threads = arguments.parse_args().threads
+    parser = argparse.ArgumentParser(prog="trainchain.core.train")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="train each shard in so many processes together")
+    arguments = parser.parse_args()
     os.environ |= QUIET
-    emit = _protocol_writer()
+    rank = int(os.environ.get("RANK", "0"))
+    others = _start_others(arguments.processes, arguments.threads) if arguments.processes > 1 and rank == 0 else []
+    emit = _protocol_writer() if rank == 0 else _say_nothing
     emit({"event": "hello", "pid": os.getpid()})
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     requests = _requests()
     import trainchain.core.train.trainer  # noqa: F401 (torch loads while the parent writes its first request)
 
-    child = Child(emit, threads)
+    child = Child(emit, arguments.threads)
     for line in requests:
+        for other in others:
+            assert other.stdin is not None
+            other.stdin.write(line)
+            other.stdin.flush()
         try:
             emit(child.handle(json.loads(line)))
         except TrainChainError as error:
             emit({"event": "error", "code": error.code, "message": error.message, "hint": error.hint})
-            if error.code == "train.out_of_memory":
+            if error.code == "train.out_of_memory" or arguments.processes > 1:
                 os._exit(1)
         except Exception as error:
             logging.exception("the request failed")
             message = f"{type(error).__name__}: {error}"[:500]
             emit({"event": "error", "code": "train.child_died", "message": message, "hint": ""})
             os._exit(1)
+
+
+def _start_others(processes: int, threads: int) -> "list[subprocess.Popen[str]]":
+    """The processes that train along with this one, and this one's own place among them (torchrun's variables)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    command = [sys.executable, "-m", "trainchain.core.train", "--threads", str(threads)]
+    command += ["--processes", str(processes)]
+
+    def place(rank: int) -> dict[str, str]:
+        return {**together, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+
+    os.environ |= place(0)
+    return [
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, **place(rank)},
+            text=True,
+            encoding="utf-8",
+        )
+        for rank in range(1, processes)
+    ]
+
+
+def _say_nothing(event: dict[str, Any]) -> None:
+    """One process speaks for all."""
 
 
 def _protocol_writer() -> Emit:

@@ -1,33 +1,59 @@
-"""The base model with the job's LoRA on it: Accelerate drives device and precision, PEFT holds the LoRA."""
+"""The base model with the job's LoRA on it: Accelerate gives the device and joins processes, PEFT holds the LoRA.
 
+All LoRA weights lie in one flat fp32 tensor, in the order of their names, and so do their gradients and AdamW's
+moments: a step, a clip, a sum over processes and a snapshot are one operation each.
+"""
+
+import functools
+import itertools
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from trainchain.core.adapter import Adapter, tensor_specs
+from trainchain.core.adapter import Adapter
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import ResolvedRecipe
+from trainchain.core.segments import State
+from trainchain.core.train import fused
 from trainchain.core.train.data import TokenizedData
+from trainchain.core.train.device import check_device
+from trainchain.core.train.head import Head, ModelHead, TiledHead
 from trainchain.core.train.model import load_model
-from trainchain.core.train.packed import ATTENTION, logits, micro_batch
+from trainchain.core.train.packed import ATTENTION, MicroBatch, lay_out
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOSS_SCALE = {"fp16": 1024.0}
+"""Fixed, so that it is no state of its own: small gradients stay above fp16's smallest number."""
 PROBE_TOKENS = 16
 
 
 class AdaptedModel:
     """The LoRA weights are fp32 and the only ones that train; the base has the recipe's precision."""
 
-    def __init__(self, recipe: ResolvedRecipe, model_dir: Path) -> None:
-        self._training = recipe.training
-        precision, lora = recipe.training.precision, recipe.lora
-        base = load_model(model_dir, dtype=DTYPES[precision], attention=ATTENTION[recipe.training.attention])
+    def __init__(self, recipe: ResolvedRecipe, model_dir: Path, *, checkpointing: bool = False) -> None:
+        training, lora = recipe.training, recipe.lora
+        self._training = training
+        # With several processes Accelerate joins CPUs only when it is told to use them.
+        together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self._accelerator = Accelerator(mixed_precision="no", cpu=together and not torch.cuda.is_available())
+        self.device: torch.device = self._accelerator.device
+        check_device(self.device, training)
+        base = load_model(
+            model_dir,
+            dtype=DTYPES[training.precision],
+            attention=ATTENTION[training.attention],
+            quantization=training.quantization,
+        )
         modules = dict(base.named_modules())
         config = LoraConfig(
             r=lora.r,
@@ -37,88 +63,211 @@ class AdaptedModel:
             fan_in_fan_out=any(isinstance(modules.get(target), Conv1D) for target in lora.targets),
         )
         try:
-            model = get_peft_model(base, config)
+            self.model = get_peft_model(base, config).to(self.device).eval()
         except ValueError as error:
             raise TrainChainError("job.invalid", f"The targets do not fit the base: {error}") from None
-        AcceleratorState._reset_state(reset_partial_state=True)
-        self._accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
-        self.device: torch.device = self._accelerator.device
-        self.model = self._accelerator.prepare_model(model).eval()
-        self._parameters: dict[str, torch.nn.Parameter] = {
+        self.base = self.model.get_base_model()
+        self._flatten()
+        self.begin({name: np.zeros(shape, np.float32) for name, shape in self.shapes.items()})
+        if checkpointing:
+            _checkpoint(self.base)
+        self._head: Head = ModelHead(self.base)
+        self.adapter_path = "peft"
+
+    def _flatten(self) -> None:
+        named = {
             name.replace(".default.", "."): parameter
-            for name, parameter in sorted(self.model.named_parameters())
+            for name, parameter in self.model.named_parameters()
             if parameter.requires_grad
         }
+        parameters = [named[name] for name in sorted(named)]
+        self.shapes = {name: tuple(named[name].shape) for name in sorted(named)}
+        sizes = [parameter.numel() for parameter in parameters]
+        self._weights = torch.nn.Parameter(torch.zeros(sum(sizes), device=self.device))
+        self._gradients = torch.zeros_like(self._weights)
+        self._weights.grad = self._gradients
+        parts = zip(self._weights.data.split(sizes), self._gradients.split(sizes), strict=True)
+        for parameter, (weight, gradient) in zip(parameters, parts, strict=True):
+            parameter.data = weight.view(parameter.shape)
+            parameter.grad = gradient.view(parameter.shape)
+        self._sizes = sizes
 
-    def load(self, adapter: Adapter) -> None:
-        """Set the LoRA weights. Raises TrainChainError job.invalid when they are not the targets'."""
-        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-        if tensor_specs(adapter) != shapes:
-            raise TrainChainError("job.invalid", "The adapter's tensors are not those of the recipe's targets.")
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(torch.from_numpy(adapter[name]))
-                parameter.grad = None
+    @property
+    def processes(self) -> tuple[int, int]:
+        """(this one's number, how many there are)."""
+        return self._accelerator.process_index, self._accelerator.num_processes
 
-    def adapter(self) -> Adapter:
-        """A copy of the LoRA weights as they are now."""
-        return {name: _array(parameter) for name, parameter in self._parameters.items()}
+    def begin(self, start: Adapter) -> None:
+        """Set the LoRA weights and start AdamW afresh. Raises TrainChainError job.invalid, naming the tensor."""
+        zeros = torch.zeros_like(self._weights)
+        self._set(self._joined(start, "The adapter"), zeros, zeros.clone(), 0)
 
-    def optimizer(self) -> torch.optim.AdamW:
-        """A fresh AdamW: moments never outlive a shard."""
+    def restore(self, state: State) -> None:
+        """Go on from a state as if this process had come there itself."""
+        what = "The state"
+        self._set(self._joined(state.w, what), self._joined(state.m, what), self._joined(state.v, what), state.t)
+
+    def _joined(self, tensors: Mapping[str, NDArray[np.float32]], what: str) -> torch.Tensor:
+        for name in sorted(self.shapes.keys() | tensors.keys()):
+            mine, theirs = self.shapes.get(name), tensors[name].shape if name in tensors else None
+            if mine != theirs:
+                found = "is not there" if theirs is None else f"has the shape {list(theirs)}"
+                wanted = "the recipe has no such tensor" if mine is None else f"the recipe's has {list(mine)}"
+                raise TrainChainError("job.invalid", f"{what} is of another base or recipe: {name} {found}, {wanted}.")
+        flat = np.concatenate([np.ravel(tensors[name]) for name in self.shapes]).astype(np.float32)
+        return torch.from_numpy(flat).to(self.device)
+
+    def _set(self, w: torch.Tensor, m: torch.Tensor, v: torch.Tensor, t: int) -> None:
         training = self._training
-        return torch.optim.AdamW(
-            list(self._parameters.values()),
+        self._weights.data.copy_(w)
+        self._gradients.zero_()
+        self._optimizer = torch.optim.AdamW(
+            [self._weights],
             lr=training.learning_rate,
             betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_epsilon,
             weight_decay=training.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
+        step = torch.tensor(float(t), device=self.device)
+        self._optimizer.state[self._weights] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
 
-    def moments(self, optimizer: torch.optim.AdamW) -> tuple[Adapter, Adapter]:
-        """AdamW's m and v under the adapter's names."""
-        state = {name: optimizer.state[parameter] for name, parameter in self._parameters.items()}
-        m = {name: _array(slot["exp_avg"]) for name, slot in state.items()}
-        return m, {name: _array(slot["exp_avg_sq"]) for name, slot in state.items()}
+    def snapshot(self, t: int) -> State:
+        """Round AdamW's moments to bf16, so that what is committed is what goes on, and copy all three."""
+        slot = self._optimizer.state[self._weights]
+        for moment in (slot["exp_avg"], slot["exp_avg_sq"]):
+            moment.copy_(moment.bfloat16())
+        w, m, v = (self._parted(flat) for flat in (self._weights, slot["exp_avg"], slot["exp_avg_sq"]))
+        return State(t, w, m, v)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        self._accelerator.backward(loss)
+    def adapter(self) -> Adapter:
+        """A copy of the LoRA weights as they are now."""
+        return self._parted(self._weights)
 
-    def clip(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._training.max_grad_norm)
+    def _parted(self, flat: torch.Tensor) -> dict[str, NDArray[np.float32]]:
+        array = flat.detach().cpu().numpy().copy()
+        parts = np.split(array, list(itertools.accumulate(self._sizes))[:-1])
+        return {name: part.reshape(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
-    def prove_packing(self, documents: TokenizedData) -> None:
-        """Refuse a model whose packed documents see each other, or whose attention is not what ours replaces.
+    def step(self, batches: Iterator[MicroBatch], targets: int, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """One update on the mean loss over a step's targets; the step's loss and gradient norm, on the device.
 
-        Compares the second of two packed documents with the same document alone under the model's own
-        attention.
+        Several processes give each its share of the micro-batches; the sums are over all of them.
         """
-        probe = TokenizedData()
-        for ids in (documents.ids[0], documents.ids[-1]):
-            probe.add((ids.tolist(), [True] * len(ids)), PROBE_TOKENS)
-        batch = micro_batch(probe, [0, 1], self.device)
-        first = batch.lengths[0]
-        base = self.model.get_base_model()
-        ours = base.config._attn_implementation
+        scale = LOSS_SCALE.get(self._training.precision, 1.0)
+        total = torch.zeros((), device=self.device)
+        self._gradients.zero_()
+        for batch in batches:
+            loss = self.loss_sum(batch) / targets
+            (loss * scale).backward()
+            total += loss.detach()
+        if self._accelerator.num_processes > 1:
+            self._gradients.copy_(self._accelerator.reduce(self._gradients, "sum"))
+            total = self._accelerator.reduce(total, "sum")
+        if scale != 1.0:
+            self._gradients.div_(scale)
+        norm = self._gradients.norm()
+        self._gradients.mul_((self._training.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.step()
+        return total, norm
+
+    def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
+        """The negative log-likelihood of all targets, summed in fp32, on the device."""
+        with self.autocast():
+            return self._head.loss_sum(batch)
+
+    def logits(self, batch: MicroBatch) -> torch.Tensor:
+        """(targets, vocabulary)."""
+        with self.autocast():
+            return self._head.logits(batch)
+
+    def autocast(self) -> Any:
+        half = self._training.precision != "fp32"
+        return torch.autocast(self.device.type, dtype=DTYPES[self._training.precision] if half else None, enabled=half)
+
+    def prove(self, documents: TokenizedData) -> None:
+        """See on a few tokens that the fast ways compute what the model and PEFT compute, and take them.
+
+        Raises TrainChainError model.unreadable for a model whose packed documents see each other, or whose
+        attention is not what ours replaces. Whatever is fast but not the same is left to the library.
+        """
+        texts = [documents.ids[row][:PROBE_TOKENS] for row in (0, len(documents.ids) - 1)]
+        batch = lay_out([(ids, np.ones(len(ids), np.bool_)) for ids in texts], self.device)
+        exact = self._training.precision == "fp32" and self._training.quantization == "none"
         try:
             with torch.no_grad():
-                packed = logits(self.model, batch)[first - 1 :].float()
-                base.set_attn_implementation("eager")
-                alone = self.model(input_ids=batch.ids[:, first:], use_cache=False).logits[0, :-1].float()
+                packed = self.logits(batch).float()
+                alone = self._alone(batch)
         except (TypeError, ValueError) as error:
             raise TrainChainError("model.unreadable", f"The model cannot train packed: {error}.") from None
-        finally:
-            base.set_attn_implementation(ours)
-        off = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
-        if not off <= (1e-3 if self._training.precision == "fp32" else 0.1):
+        off = float((packed[batch.lengths[0] - 1 :] - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
+        if not off <= (1e-3 if exact else 0.1):
             raise TrainChainError(
                 "model.unreadable",
                 f"The model does not keep packed documents apart (logits off by {off:.1e}).",
                 hint="A model with state beyond attention cannot be trained packed; choose another base.",
             )
+        self._prove_head(batch, packed, 1e-4 if exact else 0.1)
+        if self._training.adapter_path == "fused":
+            self._prove_fused(batch, 1e-4 if exact else 0.1)
+
+    def _alone(self, batch: MicroBatch) -> torch.Tensor:
+        """The second document's logits under the model's own attention, without the first."""
+        ours = self.base.config._attn_implementation
+        try:
+            self.base.set_attn_implementation("eager")
+            with self.autocast():
+                ids = batch.ids[:, batch.lengths[0] :]
+                found: torch.Tensor = self.base(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        finally:
+            self.base.set_attn_implementation(ours)
+        return found
+
+    def _prove_head(self, batch: MicroBatch, wanted: torch.Tensor, tolerance: float) -> None:
+        plain = self._head
+        try:
+            self._head = TiledHead(self.base)
+            with torch.no_grad():
+                found = self.logits(batch).float()
+        except (TypeError, ValueError, AttributeError, NotImplementedError):
+            self._head = plain
+            return
+        if found.shape != wanted.shape or not float((found - wanted).abs().max()) <= tolerance * float(
+            wanted.abs().max()
+        ):
+            self._head = plain
+
+    def _prove_fused(self, batch: MicroBatch, tolerance: float) -> None:
+        random = np.random.default_rng(0)
+        self.begin({name: random.normal(0, 0.05, shape).astype(np.float32) for name, shape in self.shapes.items()})
+        wanted = self._gradient(batch)
+        if fused.attach(self.model, functools.partial(self._watch, batch)):
+            self.adapter_path = "fused"
+            found = self._gradient(batch)
+            if not float((found - wanted).norm()) <= tolerance * float(wanted.norm()):
+                fused.detach(self.model)
+                self.adapter_path = "peft"
+
+    def _watch(self, batch: MicroBatch) -> None:
+        with torch.no_grad():
+            self.loss_sum(batch)
+
+    def _gradient(self, batch: MicroBatch) -> torch.Tensor:
+        self._gradients.zero_()
+        self.loss_sum(batch).backward()
+        return self._gradients.clone()
 
 
-def _array(tensor: torch.Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = tensor.detach().float().cpu().numpy().copy()
-    return array
+def _checkpoint(base: torch.nn.Module) -> None:
+    """Recompute each layer's inner values in the backward pass instead of keeping them: exact, and a third slower.
+
+    The flag is set on the layers alone: in a module's training mode some models would drop out.
+    """
+    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.training = True
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(
+            checkpoint, use_reentrant=False, preserve_rng_state=False
+        )

@@ -1,5 +1,6 @@
 """The device's settings that decide the last bits of a result, and the errors of its memory."""
 
+import importlib.util
 import os
 import platform
 from collections.abc import Iterator
@@ -8,16 +9,38 @@ from contextlib import contextmanager
 import torch
 
 from trainchain.core.errors import TrainChainError
-from trainchain.core.models import ResolvedRecipe
+from trainchain.core.models import ResolvedRecipe, Training
 
 
-def numeric_class(device: torch.device, recipe: ResolvedRecipe, threads: int) -> str:
-    """What decides the last bits of a result: within one class replays are expected to be equal."""
+def numeric_class(device: torch.device, recipe: ResolvedRecipe, threads: int, adapter_path: str, processes: int) -> str:
+    """What decides the last bits of a result, but for the split into micro-batches, which each segment records.
+
+    Within one class and one split, replays are expected to be equal.
+    """
+    training = recipe.training
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device).replace(" ", "-")
     else:
         name = f"{device.type}-{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}-threads{threads}"
-    return f"{name}/{recipe.training.precision}/torch-{torch.__version__}/{recipe.training.attention}"[:200]
+    precision = (
+        training.precision if training.quantization == "none" else f"{training.quantization}-{training.precision}"
+    )
+    parts = [name, precision, f"torch-{torch.__version__}", training.attention, adapter_path]
+    return "/".join([*parts, f"processes{processes}"] if processes > 1 else parts)[:200]
+
+
+def check_device(device: torch.device, training: Training) -> None:
+    """Raise TrainChainError train.unsupported where the recipe's precision, kernel or base is not to be had."""
+
+    def refuse(what: str, hint: str) -> TrainChainError:
+        return TrainChainError("train.unsupported", f"The recipe demands {what}.", hint=hint)
+
+    if training.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise refuse("an NF4 base, and bitsandbytes is not installed", "pip install 'trainchain[cuda]'")
+    if training.attention == "varlen" and device.type != "cuda":
+        raise refuse("the varlen attention kernel, which needs a CUDA device", "Take jobs with attention: sdpa.")
+    if device.type == "cuda" and training.precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise refuse("bf16, which this GPU does not have", "Take jobs with fp16 or fp32.")
 
 
 @contextmanager

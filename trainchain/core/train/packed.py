@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trainchain.core.train.data import TokenizedData
 
-ATTENTION = {"sdpa": "trainchain_sdpa", "eager": "trainchain_eager"}
+ATTENTION = {"sdpa": "trainchain_sdpa", "eager": "trainchain_eager", "varlen": "trainchain_varlen"}
 """The recipe's kernel -> the name of its per-document form among transformers' attention functions."""
 
 
@@ -29,45 +30,63 @@ class MicroBatch:
     keep: torch.Tensor
     labels: torch.Tensor
     lengths: tuple[int, ...]
+    bounds: torch.Tensor
+    """Where documents begin and the last ends, as the varlen kernel wants it: int32, one more than documents."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    def inputs(self) -> dict[str, Any]:
+        """What a model (or its decoder) is called with."""
+        return {
+            "input_ids": self.ids,
+            "position_ids": self.positions,
+            "attention_mask": None,
+            "use_cache": False,
+            "document_lengths": self.lengths,
+            "document_bounds": self.bounds,
+        }
 
 
 def micro_batch(documents: TokenizedData, rows: Sequence[int], device: torch.device) -> MicroBatch:
     """The documents `rows`, laid out on the device."""
-    ids = [documents.ids[row] for row in rows]
+    return lay_out([(documents.ids[row], documents.masks[row]) for row in rows], device)
+
+
+def lay_out(documents: Sequence[tuple[NDArray[Any], NDArray[Any]]], device: torch.device) -> MicroBatch:
+    """Documents, each its tokens and which of them are supervised, one after the other on the device."""
+    ids = [tokens for tokens, _ in documents]
     lengths = tuple(len(tokens) for tokens in ids)
     keep: list[Any] = []
     labels: list[Any] = []
     offset = 0
-    for row, tokens in zip(rows, ids, strict=True):
-        targets = np.flatnonzero(documents.masks[row][1:])
+    for tokens, mask in documents:
+        targets = np.flatnonzero(mask[1:])
         keep.append(offset + targets)
         labels.append(tokens[1 + targets])
         offset += len(tokens)
 
-    def to_device(parts: Sequence[Any]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+    def to_device(parts: Sequence[Any], dtype: Any = np.int64) -> torch.Tensor:
+        array = torch.from_numpy(np.concatenate(parts).astype(dtype))
+        return array.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else array.to(device)
 
     positions = to_device([np.arange(length) for length in lengths])
-    return MicroBatch(to_device(ids)[None], positions[None], to_device(keep), to_device(labels), lengths)
+    bounds = to_device([np.cumsum([0, *lengths])], np.int32)
+    return MicroBatch(to_device(ids)[None], positions[None], to_device(keep), to_device(labels), lengths, bounds)
 
 
-def logits(model: Any, batch: MicroBatch) -> torch.Tensor:
-    """(targets, vocabulary): the model's own logits, at the kept places only."""
-    out = model(
-        input_ids=batch.ids,
-        position_ids=batch.positions,
-        attention_mask=None,
-        use_cache=False,
-        logits_to_keep=batch.keep,
-        document_lengths=batch.lengths,
-    )
-    found: torch.Tensor = out.logits[0]
-    return found
-
-
-def loss_sum(model: Any, batch: MicroBatch) -> torch.Tensor:
-    """The negative log-likelihood of all targets, summed, in fp32, on the device."""
-    return torch.nn.functional.cross_entropy(logits(model, batch).float(), batch.labels, reduction="sum")
+def split(lengths: Sequence[int], rows: Sequence[int], budget: int) -> list[list[int]]:
+    """The rows in order, in groups of at most `budget` tokens; a longer document is a group of its own."""
+    groups: list[list[int]] = []
+    room = 0
+    for row in rows:
+        if not groups or lengths[row] > room:
+            groups.append([])
+            room = budget
+        groups[-1].append(row)
+        room -= lengths[row]
+    return groups
 
 
 def _eager(
@@ -104,6 +123,7 @@ def _per_document(
         attention_mask: torch.Tensor | None,
         *,
         document_lengths: Sequence[int] | None = None,
+        document_bounds: torch.Tensor | None = None,
         sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
@@ -119,6 +139,37 @@ def _per_document(
     return attention
 
 
+def _varlen(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    document_lengths: Sequence[int] | None = None,
+    document_bounds: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """All documents in one call of the flash kernel, which takes their bounds."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if document_lengths is None or document_bounds is None:
+        raise ValueError("the model does not hand document_lengths down to its attention")
+    if softcap is not None:
+        raise ValueError("the varlen kernel cannot cap attention scores")
+    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    longest = max(document_lengths)
+    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    gqa = q.shape[1] != k.shape[1]
+    found = varlen_attn(
+        q, k, v, document_bounds, document_bounds, longest, longest, scale=scaling, window_size=window, enable_gqa=gqa
+    )
+    return found[None], None
+
+
 def _window(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
     """The mask a sliding window needs, or None where causal attention over the whole document is meant."""
     if sliding_window is None or length <= sliding_window:
@@ -128,3 +179,4 @@ def _window(length: int, sliding_window: int | None, device: torch.device) -> to
 
 AttentionInterface.register(ATTENTION["sdpa"], _per_document(sdpa_attention_forward))
 AttentionInterface.register(ATTENTION["eager"], _per_document(_eager))
+AttentionInterface.register(ATTENTION["varlen"], _varlen)

@@ -1,24 +1,26 @@
 """The resident engine: one job's base model, adapter and data, ready to train any shard of it.
 
-With the same numeric class a shard's result is the same to the last bit.
+With the same numeric class a shard's result is the same to the last bit, whole, interrupted, or replayed.
 """
 
 import gc
+import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from trainchain.core.adapter import Adapter, delta
+from trainchain.core.adapter import Adapter, adapter_bytes, delta
+from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import Counts, ResolvedRecipe
 from trainchain.core.schedule import learning_rate
-from trainchain.core.segments import leaf, start_leaf, state_root
+from trainchain.core.segments import State, leaf, segment_ends, state_root
 from trainchain.core.train.adapted import AdaptedModel
 from trainchain.core.train.data import (
     TokenizedData,
@@ -29,89 +31,165 @@ from trainchain.core.train.data import (
     shard_batches,
 )
 from trainchain.core.train.device import memory_errors, numeric_class, set_modes
-from trainchain.core.train.evaluate import count_held_out, mean_loss
+from trainchain.core.train.evaluate import answers, count_held_out, mean_loss
+from trainchain.core.train.journal import Journal, Segment
 from trainchain.core.train.model import load_tokenizer
-from trainchain.core.train.packed import MicroBatch, loss_sum, micro_batch
+from trainchain.core.train.packed import MicroBatch, micro_batch, split
 
 OnStep = Callable[[int, int, int, float], None]
 """(step, steps, tokens so far, loss of this step)."""
 
 REPORT_SECONDS = 0.25
+AHEAD = 2
+"""Steps whose micro-batches are laid out before they are needed."""
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """`leaves` are the states at the start and the end; `losses` are first, last and mean over the steps."""
+    """`leaves` are of the start and every segment's end; `losses` are first, last and mean over the steps.
+
+    `resumed` counts the segments that an earlier call had finished.
+    """
 
     end: Adapter
     delta: Adapter
     leaves: list[bytes]
     state_root: str
+    segments: list[Segment]
+    resumed: int
     counts: Counts
     losses: tuple[float, float, float]
     seconds: float
     numeric_class: str
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A shard's rows: by step, without the packed sequences' bounds, which matter to nobody here."""
+
+    steps: list[list[int]]
+    counts: Counts
+
+
 class Engine:
-    """One job, loaded. One at a time in a process: it sets torch's global modes."""
+    """One job, loaded. One at a time in a process: it sets torch's global modes.
+
+    `micro_tokens` is how many tokens go through the model at once; by default micro_batch_size sequences. It
+    changes memory and last bits, not the mathematics. `checkpointing` trades time for memory, exactly.
+    """
 
     def __init__(
-        self, recipe: ResolvedRecipe, model_dir: Path, data_paths: Mapping[str, Path], *, threads: int
+        self,
+        recipe: ResolvedRecipe,
+        model_dir: Path,
+        data_paths: Mapping[str, Path],
+        *,
+        threads: int,
+        cache: Path | None = None,
+        checkpointing: bool = False,
+        micro_tokens: int | None = None,
     ) -> None:
+        training = recipe.training
         self.recipe = recipe
+        self.micro_tokens = micro_tokens or training.micro_batch_size * training.sequence_len
         self._data_paths = data_paths
+        self._cache = cache
         self._held_out: TokenizedData | None = None
-        set_modes(threads, recipe.training.seed)
+        set_modes(threads, training.seed)
         self._tokenizer = load_tokenizer(model_dir)
         sources = [(self._path(dataset.file.sha256), dataset.format) for dataset in recipe.datasets]
-        self.documents = load_documents(sources, self._tokenizer, recipe.training.sequence_len)
+        self.documents = load_documents(sources, self._tokenizer, training.sequence_len)
+        self._lengths = self.documents.lengths()
         self._order = data_order(recipe, self.documents)
+        self._plans: dict[tuple[int, int], Future[_Plan]] = {}
+        self._order_lock = threading.Lock()
+        self._helpers = ThreadPoolExecutor(2, "data")
         with memory_errors():
-            self._adapted = AdaptedModel(recipe, model_dir)
-            self._adapted.prove_packing(self.documents)
-        self.numeric_class = numeric_class(self._adapted.device, recipe, threads)
+            self._adapted = AdaptedModel(recipe, model_dir, checkpointing=checkpointing)
+            self._adapted.prove(self.documents)
+        processes = self._adapted.processes[1]
+        path = self._adapted.adapter_path
+        self.numeric_class = numeric_class(self._adapted.device, recipe, threads, path, processes)
 
-    def train(self, start: Adapter, round: int, shard: int, lease: str, on_step: OnStep | None = None) -> ShardResult:
+    def train(
+        self,
+        start: Adapter,
+        round: int,
+        shard: int,
+        lease: str,
+        on_step: OnStep | None = None,
+        *,
+        states: Path | None = None,
+    ) -> ShardResult:
         """Train one shard from `start` under the 0x id `lease`; `on_step` comes at most four times a second.
 
-        Raises TrainChainError: data.count_mismatch before any training, train.diverged, train.out_of_memory.
+        The state at every segment's end is kept in the folder `states`; what lies there of this very shard is
+        not trained again. Raises TrainChainError: data.count_mismatch before any training, job.invalid for an
+        adapter of another base, state.invalid, train.diverged, train.out_of_memory.
         """
         began = time.monotonic()
-        steps = shard_batches(self.recipe, self._order, round, shard)
-        counts = count_shard(self.documents, steps)
-        check_counts(counts, self.recipe.counts[round - 1][shard], f"shard {shard} of round {round}")
-        with memory_errors():
-            self._adapted.load(start)
-            optimizer = self._adapted.optimizer()
-            losses = self._run(steps, round, optimizer, on_step)
-            end = self._adapted.adapter()
-            moments = self._adapted.moments(optimizer)
-        if not np.isfinite(losses).all() or not all(np.isfinite(tensor).all() for tensor in end.values()):
-            raise TrainChainError("train.diverged", f"Shard {shard} of round {round} has no finite loss.")
+        plan = self._take(round, shard)
+        check_counts(plan.counts, self.recipe.counts[round - 1][shard], f"shard {shard} of round {round}")
+        belongs = self._belongs(start, round, shard)
+        journal = Journal(states, belongs, self._adapted.shapes, keeps=self.leads)
+        try:
+            with memory_errors():
+                self._adapted.begin(start)
+                journal.begin(start)
+                resumed = len(journal.segments)
+                end = self._run(plan, round, shard, journal, on_step)
+            first, segments = journal.finish()
+        finally:
+            journal.close()
         lease_id = bytes.fromhex(lease.removeprefix("0x"))
-        leaves = [start_leaf(lease_id, start), leaf(lease_id, 1, len(steps), end, *moments)]
+        ends = [(0, first), *((segment.t, segment.digests) for segment in segments)]
+        leaves = [leaf(lease_id, index, t, digests) for index, (t, digests) in enumerate(ends)]
+        losses = [loss for segment in segments for loss in segment.losses]
         return ShardResult(
             end=end,
             delta=delta(end, start),
             leaves=leaves,
             state_root=state_root(leaves),
-            counts=counts,
-            losses=(float(losses[0]), float(losses[-1]), float(losses.mean())),
+            segments=segments,
+            resumed=resumed,
+            counts=plan.counts,
+            losses=(losses[0], losses[-1], float(np.mean(losses))),
             seconds=time.monotonic() - began,
             numeric_class=self.numeric_class,
         )
 
+    def replay(self, state: State, round: int, shard: int, segment: int) -> State:
+        """Train one segment (from 0) of a shard again, from the state it started in; the state it ends in.
+
+        Split as `micro_tokens` says: to be equal to the last bit it must be what the segment was split by.
+        """
+        bounds = [0, *segment_ends(self.recipe.steps, self.recipe.training.segment_steps)]
+        if not 0 <= segment < len(bounds) - 1 or state.t != bounds[segment]:
+            raise TrainChainError("state.invalid", f"Segment {segment} does not start after step {state.t}.")
+        plan = self._take(round, shard)
+        with memory_errors():
+            self._adapted.restore(state)
+            steps = range(state.t + 1, bounds[segment + 1] + 1)
+            self._segment(plan, round, shard, steps, None)
+            return self._adapted.snapshot(bounds[segment + 1])
+
     def evaluate(self, adapter: Adapter | None) -> float:
         """Mean held-out loss per supervised token; of the base alone where `adapter` is None."""
-        documents, model, training = self.held_out(), self._adapted.model, self.recipe.training
-        budget = training.micro_batch_size * training.sequence_len
+        documents, model = self.held_out(), self._adapted
         with memory_errors():
-            if adapter is not None:
-                self._adapted.load(adapter)
-            with model.disable_adapter() if adapter is None else nullcontext():
-                loss = mean_loss(model, documents, device=self._adapted.device, budget=budget)
-        return loss
+            model.begin(self._nothing() if adapter is None else adapter)
+            return mean_loss(model.loss_sum, documents, device=model.device, budget=self.micro_tokens)
+
+    def samples(self, adapter: Adapter | None) -> list[str]:
+        """The adapted model's answers to the recipe's prompts."""
+        recipe, model = self.recipe, self._adapted
+        if not recipe.samples:
+            return []
+        with memory_errors(), model.autocast():
+            model.begin(self._nothing() if adapter is None else adapter)
+            return answers(
+                model.base, self._tokenizer, recipe.samples, new_tokens=recipe.sample_tokens, device=model.device
+            )
 
     def held_out(self) -> TokenizedData:
         """The held-out rows, read at first use: a worker that only trains never needs the file."""
@@ -128,8 +206,14 @@ class Engine:
             self._held_out = found
         return self._held_out
 
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks for all that train a shard together."""
+        return self._adapted.processes[0] == 0
+
     def close(self) -> None:
         """Let go of the model's memory; the engine is of no use afterwards."""
+        self._helpers.shutdown(wait=True, cancel_futures=True)
         del self._adapted
         gc.collect()
         if torch.cuda.is_available():
@@ -140,41 +224,94 @@ class Engine:
             raise TrainChainError("source.missing", f"The data file {digest} was not handed over.")
         return self._data_paths[digest]
 
-    def _run(
-        self, steps: list[list[list[int]]], round: int, optimizer: torch.optim.AdamW, on_step: OnStep | None
-    ) -> NDArray[np.float64]:
-        """All updates; the losses stay on the device and are read only to be shown and at the end."""
-        batches = [self._micro_batches(step) for step in steps]
-        losses: list[torch.Tensor] = []
-        tokens, shown = 0, 0.0
-        for number, step in enumerate(batches, 1):
-            optimizer.param_groups[0]["lr"] = learning_rate(self.recipe, round, number)
-            losses.append(self._step(step, optimizer))
-            tokens += sum(sum(batch.lengths) for batch in step)
+    def _nothing(self) -> Adapter:
+        """An adapter that adds nothing."""
+        return {name: np.zeros(shape, np.float32) for name, shape in self._adapted.shapes.items()}
+
+    def _belongs(self, start: Adapter, round: int, shard: int) -> dict[str, object]:
+        return {
+            "spec_hash": self.recipe.spec_hash,
+            "round": round,
+            "shard": shard,
+            "start": sha256(adapter_bytes(start)),
+            "numeric_class": self.numeric_class,
+        }
+
+    def _take(self, round: int, shard: int) -> _Plan:
+        """The plan of a shard, most often made while the one before it trained."""
+        ready = self._plans.pop((round, shard), None)
+        return ready.result() if ready else self._plan(round, shard)
+
+    def _prepare_next(self, round: int, shard: int) -> None:
+        """Plan the job's next shard: if this worker gets another one, the epoch's order at least is there."""
+        following = (round, shard + 1) if shard + 1 < self.recipe.shards else (round + 1, 0)
+        if following[0] <= self.recipe.rounds and following not in self._plans:
+            self._plans.clear()
+            self._plans[following] = self._helpers.submit(self._plan, *following)
+
+    def _plan(self, round: int, shard: int) -> _Plan:
+        with self._order_lock:
+            steps = shard_batches(self.recipe, self._order, round, shard)
+        rows = [[row for sequence in step for row in sequence] for step in steps]
+        return _Plan(rows, count_shard(self.documents, steps))
+
+    def _run(self, plan: _Plan, round: int, shard: int, journal: Journal, on_step: OnStep | None) -> Adapter:
+        """All segments that the journal has not; returns the adapter at the end."""
+        bounds = [0, *segment_ends(self.recipe.steps, self.recipe.training.segment_steps)]
+        if journal.last is not None:
+            self._adapted.restore(journal.last)
+        for before, after in list(pairwise(bounds))[len(journal.segments) :]:
+            losses = self._segment(plan, round, shard, range(before + 1, after + 1), on_step)
+            journal.add(self._adapted.snapshot(after), self.micro_tokens, losses)
+            self._prepare_next(round, shard)
+        return self._adapted.adapter()
+
+    def _segment(self, plan: _Plan, round: int, shard: int, steps: range, on_step: OnStep | None) -> list[float]:
+        """Some steps of a shard; losses and norms stay on the device and are read only to be shown and at the end."""
+        figures: list[torch.Tensor] = []
+        tokens = sum(self._lengths[row] for step in plan.steps[: steps[0] - 1] for row in step)
+        shown = 0.0
+        for number, batches in zip(steps, self._laid_out(plan, steps), strict=True):
+            targets = sum(int(self.documents.supervised[row]) for row in plan.steps[number - 1])
+            rate = learning_rate(self.recipe, round, number)
+            figures.append(torch.stack(self._adapted.step(iter(batches), targets, rate)))
+            tokens += sum(self._lengths[row] for row in plan.steps[number - 1])
             now = time.monotonic()
-            if on_step and (now - shown >= REPORT_SECONDS or number == len(batches)):
-                loss, shown = float(losses[-1]), now
-                if not np.isfinite(loss):
-                    raise TrainChainError("train.diverged", f"The loss of step {number} is {loss}.")
-                on_step(number, len(batches), tokens, loss)
-        found: NDArray[np.float64] = torch.stack(losses).double().cpu().numpy()
-        return found
+            if on_step and (now - shown >= REPORT_SECONDS or number == self.recipe.steps):
+                shown = now
+                on_step(number, self.recipe.steps, tokens, float(figures[-1][0]))
+        found = torch.stack(figures).double().cpu().numpy()
+        self._check(found, round, shard, steps)
+        return [float(loss) for loss in found[:, 0]]
 
-    def _micro_batches(self, step: list[list[int]]) -> list[MicroBatch]:
-        size = self.recipe.training.micro_batch_size
-        groups = [step[at : at + size] for at in range(0, len(step), size)]
-        rows = [[row for sequence in group for row in sequence] for group in groups]
-        return [micro_batch(self.documents, group, self._adapted.device) for group in rows]
+    def _check(
+        self, figures: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]", round: int, shard: int, steps: range
+    ) -> None:
+        """Raise train.diverged, naming the first step or the tensor that stopped being finite."""
+        where = f"Shard {shard} of round {round} diverged"
+        hint = "Nothing was handed in. The owner should lower the learning rate, or look at the data."
+        for number, (loss, norm) in zip(steps, figures, strict=True):
+            if not np.isfinite(loss):
+                raise TrainChainError("train.diverged", f"{where}: the loss of step {number} is {loss}.", hint=hint)
+            if not np.isfinite(norm):
+                raise TrainChainError("train.diverged", f"{where}: the gradient of step {number} is {norm}.", hint=hint)
+        for name, tensor in self._adapted.adapter().items():
+            if not np.isfinite(tensor).all():
+                raise TrainChainError(
+                    "train.diverged", f"{where}: {name} is not finite after step {steps[-1]}.", hint=hint
+                )
 
-    def _step(self, step: list[MicroBatch], optimizer: torch.optim.AdamW) -> torch.Tensor:
-        """One update. The loss is the mean over the whole step's targets, however the step is split."""
-        targets = sum(len(batch.labels) for batch in step)
-        total = torch.zeros((), device=self._adapted.device)
-        for batch in step:
-            loss = loss_sum(self._adapted.model, batch) / targets
-            self._adapted.backward(loss)
-            total += loss.detach()
-        self._adapted.clip()
-        optimizer.step()
-        optimizer.zero_grad()
-        return total
+    def _laid_out(self, plan: _Plan, steps: range) -> Iterator[list[MicroBatch]]:
+        """This process's micro-batches of each step, laid out in another thread while the steps before train."""
+        waiting: list[Future[list[MicroBatch]]] = []
+        following = iter(steps)
+        for number in steps:
+            while len(waiting) <= AHEAD and (coming := next(following, None)) is not None:
+                waiting.append(self._helpers.submit(self._micro_batches, plan.steps[coming - 1]))
+            yield waiting.pop(0).result()
+            del number
+
+    def _micro_batches(self, rows: Sequence[int]) -> list[MicroBatch]:
+        index, count = self._adapted.processes
+        groups = split(self._lengths, rows, self.micro_tokens)[index::count]
+        return [micro_batch(self.documents, group, self._adapted.device) for group in groups]
