@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,8 @@ import pytest
 from tests.fixtures_model import chat_rows, write_jsonl
 from trainchain.core.adapter import read_adapter
 from trainchain.core.errors import TrainChainError
+from trainchain.core.train.data import load_documents, vocabulary
+from trainchain.core.train.model import load_config, load_tokenizer
 from trainchain.core.train.resolve import Inspection, inspect
 
 SIZES: dict[str, Any] = {
@@ -44,7 +47,43 @@ def test_inspection_holds_all_that_submit_pins(tiny: Path, tmp_path: Path) -> No
     assert all(0 < shard.supervised < shard.tokens for round in found.counts for shard in round)
     assert (found.dtype, found.skipped) == ("fp32", 1)
     assert found.truncated >= 1
+    assert found.truncated_at == [f"chats.jsonl line {line}" for line in (3, 8, 11)]
+    assert found.skipped_at == ["texts.jsonl line 3"]
     assert inspect(tiny, [(chats, None), (texts, "text")], (test, None), **SIZES) == found
+
+
+def test_what_an_engine_will_load_is_tokenized_once(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats = write_jsonl(tmp_path / "chats.jsonl", chat_rows(20))
+    test = write_jsonl(tmp_path / "test.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
+    cache = tmp_path / "cache"
+    plain = look(tiny, chats, test)
+
+    assert look(tiny, chats, test, cache=cache) == plain
+    monkeypatch.setattr("trainchain.core.train.data.encoder", lambda *_: pytest.fail("tokenized again"))
+    assert look(tiny, chats, test, cache=cache) == plain
+    assert plain.held_out is not None
+    tokenizer, size = load_tokenizer(tiny), vocabulary(load_config(tiny))
+    held_out = load_documents(
+        [(test, "prompt_completion")], tokenizer, 64, limit=plain.held_out.rows, vocab_size=size, cache=cache
+    )
+    assert held_out.counts(range(3)) == plain.held_out.counts
+    assert load_documents([(chats, "chat_template")], tokenizer, 64, vocab_size=size, cache=cache).rows == 20
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(["whale"])
+    tokenizer.save_pretrained(folder)
+    fish, whales = ([{"text": f"Many {kind} swim in the sea."}] * 20 for kind in ("fish", "whale"))
+
+    assert look(folder, write_jsonl(tmp_path / "fish.jsonl", fish)).truncated == 0
+    with pytest.raises(TrainChainError, match=r"whales\.jsonl line 1 has the token \d+ \('whale'\)") as caught:
+        look(folder, write_jsonl(tmp_path / "whales.jsonl", whales))
+    assert caught.value.code == "model.unreadable"
 
 
 @pytest.mark.parametrize(

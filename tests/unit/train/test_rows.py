@@ -1,3 +1,4 @@
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -6,8 +7,9 @@ import pytest
 from tests.fixtures_model import chat_rows, make_tokenizer, write_jsonl
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import Counts
+from trainchain.core.train import rows as rows_module
 from trainchain.core.train.data import check_counts, count_all, load_documents
-from trainchain.core.train.rows import detect_format, encoder, format_of, read_rows
+from trainchain.core.train.rows import detect_format, encoder, format_of, read_batches, read_rows
 
 TOKENIZER = make_tokenizer()
 
@@ -61,6 +63,18 @@ def test_the_format_is_read_off_the_fields() -> None:
         ("chat_template", '{"messages": []}', "lacks `messages`"),
         ("chat_template", '{"messages": [{"role": "user"}]}', "lacks the text `content` in message 1"),
         ("chat_template", '{"messages": ["hi"]}', "lacks the text `role` in message 1"),
+        ("chat_template", '{"messages": "hi"}', "lacks `messages`"),
+        ("chat_template", '{"messages": [{"role": "user", "content": ["a", "b"]}]}', "lacks the text `content`"),
+        (
+            "chat_template",
+            '{"messages": [{"role": "a", "content": "\\ud800"}]}',
+            "\\ud800, half a character, in `content`",
+        ),
+        ("text", '{"text": "sea \\udcff"}', "\\udcff, half a character, in `text`"),
+        ("text", '{"text": null}', "lacks the text `text`"),
+        ("text", "[" * 100_000, "is not JSON"),
+        ("text", "null", "is a JSON NoneType, not an object"),
+        ("text", '{"text": "x"', "is not JSON"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, form: Any, line: str, says: str) -> None:
@@ -83,6 +97,73 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
         list(read_rows(path))
 
 
+def test_a_huge_row_is_named_and_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "MAX_ROW", 100)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "' + b"x" * 88 + b'"}\n')
+    assert len(list(read_rows(path))) == 1
+    path.write_bytes(b'{"text": "x"}\n{"text": "' + b"x" * 1000)
+
+    with pytest.raises(TrainChainError, match=r"rows\.jsonl line 2 is longer than") as caught:
+        list(read_rows(path))
+    assert caught.value.code == "data.format"
+    assert "Split it" in caught.value.hint
+
+
+def test_rows_come_in_batches_and_those_before_a_bad_line_come_first(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": str(row)} for row in range(150)])
+    path.write_text(path.read_text() + "bad\n")
+    batches = read_batches(path)
+
+    assert [len(batch) for batch in islice(batches, 3)] == [64, 64, 22]
+    with pytest.raises(TrainChainError, match="line 151"):
+        next(batches)
+    assert [line for batch in read_batches(path, 70) for line, _ in batch] == list(range(1, 71))
+    huge = write_jsonl(tmp_path / "huge.jsonl", [{"text": "x" * 200_000}] * 4)
+    assert [len(batch) for batch in read_batches(huge)] == [2, 2]
+
+
+@pytest.mark.parametrize("form", ["chat_template", "prompt_completion", "text"])
+def test_rows_at_once_are_the_documents_of_each_alone(form: Any) -> None:
+    contents = ["", " ", "Fish.", "a" * 50, "\u00fc\u20ac\U0001f600", "<|im_end|>", "What is blue? "]
+    rows = [
+        {
+            "text": content,
+            "prompt": content,
+            "completion": other,
+            "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": other}],
+        }
+        for content in contents
+        for other in contents
+    ]
+    encode = encoder(form, TOKENIZER)
+
+    assert encode(rows) == [document for row in rows for document in encode([row])]
+
+
+def test_the_first_bad_row_of_a_batch_is_the_one_that_is_named(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": 1}, {"text": 2}])
+    path.write_text(path.read_text() + "bad\n")
+
+    with pytest.raises(TrainChainError, match="line 2 lacks the text"):
+        load_documents([(path, "text")], TOKENIZER, 64)
+
+
+def test_what_the_tokenizer_raises_is_named_with_the_row(tmp_path: Path) -> None:
+    class Picky:
+        eos_token_id, bos_token_id = 2, 1
+
+        def __call__(self, texts: list[str], **_: Any) -> dict[str, Any]:
+            if "whale" in texts:
+                raise KeyError("whale")
+            return {"input_ids": [[5, 6] for _ in texts]}
+
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "fish"}, {"text": "whale"}])
+
+    with pytest.raises(TrainChainError, match="line 2 is refused by the tokenizer: 'whale'"):
+        load_documents([(path, "text")], Picky(), 64)
+
+
 def test_a_byte_order_mark_is_no_harm(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "x"}\r\n\r\n')
@@ -101,6 +182,36 @@ def test_a_template_without_marks_says_what_to_do() -> None:
     tokenizer.chat_template = None
     with pytest.raises(TrainChainError, match="no chat template"):
         encoder("chat_template", tokenizer)
+
+
+@pytest.mark.parametrize("changing", ["strftime_now('%d %b %Y')", "['a', 'b'] | random"])
+def test_a_template_that_changes_by_itself_is_refused(changing: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = f"{{{{ {changing} }}}}{{% generation %}}{{% endgeneration %}}"
+
+    with pytest.raises(TrainChainError, match="would be other tokens another time") as caught:
+        encoder("chat_template", tokenizer)
+    assert caught.value.code == "data.format"
+
+
+def test_of_several_templates_the_default_one_is_used() -> None:
+    tokenizer = make_tokenizer()
+    template, row = tokenizer.chat_template, chat_rows(1)
+    wanted = encoder("chat_template", tokenizer)(row)
+    tokenizer.chat_template = {"default": template, "tool_use": "other"}
+
+    assert encoder("chat_template", tokenizer)(row) == wanted
+    tokenizer.chat_template = {"tool_use": template}
+    with pytest.raises(TrainChainError, match="no chat template"):
+        encoder("chat_template", tokenizer)
+
+
+def test_without_an_end_token_documents_have_none() -> None:
+    tokenizer = make_tokenizer()
+    wanted = encoder("text", tokenizer)([{"text": "Fish."}])[0][0][:-1]
+    tokenizer.eos_token = None
+
+    assert encoder("text", tokenizer)([{"text": "Fish."}]) == [(wanted, [True] * len(wanted))]
 
 
 def test_a_row_the_template_refuses_is_named(tmp_path: Path) -> None:

@@ -172,12 +172,12 @@ def name_rows(sources: Sequence[tuple[Path, object]], places: Sequence[Place]) -
 def _teaches_nothing(sources: Sources, documents: TokenizedData, sequence_len: int) -> TrainChainError:
     names = ", ".join(path.name for path, _ in sources) or "The recipe"
     first = documents.skipped_at(1)
-    where = f" The first is {name_rows(sources, first)[0]}"
+    where = "".join(f" The first is {name}" for name in name_rows(sources, first))
     if first and first == documents.truncated_at(1):
         where += ", whose targets all lie beyond that length"
     return TrainChainError(
         "data.empty",
-        f"{names} has no row with a token to train on within sequence_len {sequence_len}.{where if first else ''}.",
+        f"{names} has no row with a token to train on within sequence_len {sequence_len}.{where}{'.' if where else ''}",
         hint="Raise sequence_len, or look at what the rows hold.",
     )
 

@@ -11,13 +11,15 @@ from typing import Literal
 from trainchain.core.adapter import adapter_bytes
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import Counts, DataFormat
-from trainchain.core.train.data import count_all, load_documents
+from trainchain.core.train.data import count_all, load_documents, name_rows, vocabulary
 from trainchain.core.train.evaluate import count_held_out
 from trainchain.core.train.model import Targets, find_targets, initial_adapter, load_config, load_tokenizer
 from trainchain.core.train.rows import format_of, read_rows
 
 Source = tuple[Path, DataFormat | None]
 """A jsonl file, and its format where the recipe names one; else it is read off the first row."""
+NAMED = 3
+"""Of the rows that were cut or skipped, how many are named."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,10 @@ class HeldOutFacts:
 
 @dataclass(frozen=True)
 class Inspection:
-    """`counts[round - 1][shard]`; of the training rows `truncated` were cut and `skipped` teach nothing."""
+    """`counts[round - 1][shard]`; of the training rows `truncated` were cut and `skipped` teach nothing.
+
+    `truncated_at` and `skipped_at` name the first of these by file and line.
+    """
 
     datasets: list[DataFacts]
     held_out: HeldOutFacts | None
@@ -49,6 +54,8 @@ class Inspection:
     dtype: Literal["fp32", "bf16"]
     truncated: int
     skipped: int
+    truncated_at: list[str]
+    skipped_at: list[str]
 
 
 def inspect(
@@ -65,9 +72,11 @@ def inspect(
     steps: int,
     targets: str | Sequence[str],
     r: int,
+    cache: Path | None = None,
 ) -> Inspection:
     """Read model folder and data, loading no weights. `targets` is `all-linear` or a list of module names.
 
+    What is tokenized is kept in the folder `cache`, where an engine on this machine finds it.
     Raises TrainChainError: model.unreadable, source.missing, recipe.invalid, data.format, data.empty,
     data.too_small.
     """
@@ -76,7 +85,8 @@ def inspect(
     _check_length(config, sequence_len)
     tokenizer = load_tokenizer(model_dir)
     sources = [(path, form or format_of(path)) for path, form in datasets]
-    documents = load_documents(sources, tokenizer, sequence_len)
+    vocab_size = vocabulary(config)
+    documents = load_documents(sources, tokenizer, sequence_len, vocab_size=vocab_size, cache=cache)
     counts = count_all(
         documents,
         sequence_len=sequence_len,
@@ -89,10 +99,12 @@ def inspect(
     tested: HeldOutFacts | None = None
     if held_out is not None:
         path, form = held_out[0], held_out[1] or format_of(held_out[0])
-        rows = load_documents([(path, form)], tokenizer, sequence_len, limit=held_out_rows)
-        tested = HeldOutFacts(DataFacts(form, _count_rows(path)), rows.rows, count_held_out(rows))
+        total = sum(1 for _ in read_rows(path))
+        limit = min(held_out_rows, total)
+        held = load_documents([(path, form)], tokenizer, sequence_len, limit=limit, vocab_size=vocab_size, cache=cache)
+        tested = HeldOutFacts(DataFacts(form, total), held.rows, count_held_out(held))
     return Inspection(
-        datasets=[DataFacts(form, _count_rows(path)) for path, form in sources],
+        datasets=[DataFacts(form, rows) for (_, form), rows in zip(sources, documents.source_rows, strict=True)],
         held_out=tested,
         targets=found,
         initial=adapter_bytes(initial_adapter(found, r, seed)),
@@ -100,11 +112,9 @@ def inspect(
         dtype="bf16" if str(getattr(config, "dtype", None)) in ("torch.bfloat16", "torch.float16") else "fp32",
         truncated=documents.truncated,
         skipped=documents.skipped,
+        truncated_at=name_rows(sources, documents.truncated_at(NAMED)),
+        skipped_at=name_rows(sources, documents.skipped_at(NAMED)),
     )
-
-
-def _count_rows(path: Path) -> int:
-    return sum(1 for _ in read_rows(path))
 
 
 def _check_length(config: object, sequence_len: int) -> None:

@@ -60,7 +60,7 @@ def read_batches(path: Path, limit: int | None = None) -> Iterator[list[tuple[in
 def _sized_rows(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
     """Rows with their lines and their sizes in bytes."""
     for number, line in enumerate(_lines(path), 1):
-        text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        text = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
         if len(text) > MAX_ROW:
             hint = "Split it: of a row only the first sequence_len tokens are used."
             raise bad_row(path, number, f"is longer than {MAX_ROW >> 20} MiB", hint)
@@ -79,10 +79,10 @@ def _sized_rows(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The file's lines, each read up to a little over MAX_ROW bytes."""
+    """The file's lines, each read up to what a mark and a line end add to MAX_ROW bytes, and a little more."""
     try:
         with path.open("rb") as file:
-            while line := file.readline(MAX_ROW + 4):
+            while line := file.readline(MAX_ROW + 8):
                 yield line
     except OSError as error:
         raise unreadable(path, error) from None

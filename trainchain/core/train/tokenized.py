@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -63,11 +63,7 @@ class Slices(Generic[Element]):
         return (self[at] for at in range(len(self)))
 
 
-def _nothing() -> Arrays:
-    return {name: np.zeros(int(name == "offsets"), kind) for name, kind in KINDS.items()}
-
-
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class TokenizedData:
     """Documents with at least one supervised target, in file order, and what became of the other rows.
 
@@ -75,8 +71,8 @@ class TokenizedData:
     `folder` is where more that follows from these documents may be kept.
     """
 
-    arrays: Arrays = field(default_factory=_nothing)
-    source_rows: Sequence[int] = ()
+    arrays: Arrays
+    source_rows: Sequence[int]
     folder: Path | None = None
 
     @classmethod
@@ -95,12 +91,6 @@ class TokenizedData:
         """What a Collector handed to an ArrayWriter; None where it is absent or damaged."""
         found = open_arrays(folder, KINDS)
         return None if found is None else cls(found[1], found[0]["rows"], folder.parent)
-
-    def add(self, document: Document, sequence_len: int) -> None:
-        more = TokenizedData.of([document], sequence_len)
-        shifted = {**more.arrays, "offsets": more.arrays["offsets"][1:] + self.arrays["offsets"][-1]}
-        self.arrays = {name: np.concatenate([self.arrays[name], shifted[name]]) for name in KINDS}
-        self.__dict__ = {key: self.__dict__[key] for key in ("arrays", "source_rows", "folder")}
 
     def __len__(self) -> int:
         return len(self.supervised)
