@@ -67,6 +67,9 @@ class AdaptedModel:
         except ValueError as error:
             raise TrainChainError("job.invalid", f"The targets do not fit the base: {error}") from None
         self.base = self.model.get_base_model()
+        for module in self.base.modules():
+            if type(module).__name__ == "Linear4bit":
+                module.training = True  # outside training bitsandbytes repacks weights for kernels that cannot go back
         self._flatten()
         self.begin({name: np.zeros(shape, np.float32) for name, shape in self.shapes.items()})
         if checkpointing:
