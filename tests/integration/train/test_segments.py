@@ -179,3 +179,21 @@ def test_a_smaller_split_goes_on_where_a_larger_one_stopped(
     assert [segment.micro_tokens for segment in result.segments] == [192, 48, 48]
     assert result.leaves[:2] == whole.leaves[:2]
     assert result.losses == pytest.approx(whole.losses, rel=1e-4)
+
+
+def test_data_is_tokenised_once_and_mapped(make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job()
+    plain = job.engine().train(job.start, 1, 0, LEASE)
+    first = Engine(job.recipe, job.model, job.data, threads=1, cache=tmp_path / "cache")
+    loss = first.evaluate(None)
+
+    def never(*_: object) -> None:
+        raise AssertionError("the data was tokenised again")
+
+    monkeypatch.setattr("trainchain.core.train.data.encoder", never)
+    second = Engine(job.recipe, job.model, job.data, threads=1, cache=tmp_path / "cache")
+
+    assert second.train(job.start, 1, 0, LEASE).leaves == plain.leaves
+    assert second.evaluate(None) == loss
+    assert isinstance(second.documents.ids[0].base, np.memmap | np.ndarray)
+    assert not second.documents.ids[0].flags.writeable

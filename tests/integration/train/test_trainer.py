@@ -43,7 +43,7 @@ def plain_loss(model: PeftModel, documents: TokenizedData, rows: list[int]) -> t
     total = torch.zeros(())
     for row in rows:
         ids = torch.from_numpy(documents.ids[row].astype(np.int64))[None]
-        labels = ids.masked_fill(~torch.from_numpy(documents.masks[row])[None], -100)
+        labels = ids.masked_fill(~torch.from_numpy(documents.masks[row].copy())[None], -100)
         loss = model(input_ids=ids, labels=labels).loss
         total = total + loss * documents.supervised[row]
     return total

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from peft.tuners.lora import LoraLayer
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 

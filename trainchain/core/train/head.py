@@ -10,7 +10,6 @@ from torch import Tensor
 
 from trainchain.core.train.packed import MicroBatch
 
-
 TILE = {"cpu": 256}
 """Targets scored at once, by device; part of the numeric class, since it orders the sums of the loss."""
 OTHER_TILE = 1024

@@ -23,17 +23,19 @@ from trainchain.core.schedule import learning_rate
 from trainchain.core.segments import State, leaf, segment_ends, state_root
 from trainchain.core.train.adapted import AdaptedModel
 from trainchain.core.train.data import (
+    Sources,
     TokenizedData,
     check_counts,
     count_shard,
     data_order,
     load_documents,
     shard_batches,
+    vocabulary,
 )
 from trainchain.core.train.device import memory_errors, numeric_class, set_modes
 from trainchain.core.train.evaluate import answers, count_held_out, mean_loss
 from trainchain.core.train.journal import Journal, Segment
-from trainchain.core.train.model import load_tokenizer
+from trainchain.core.train.model import load_config, load_tokenizer
 from trainchain.core.train.packed import MicroBatch, micro_batch, split
 
 OnStep = Callable[[int, int, int, float], None]
@@ -98,7 +100,8 @@ class Engine:
         set_modes(threads, training.seed)
         self._tokenizer = load_tokenizer(model_dir)
         sources = [(self._path(dataset.file.sha256), dataset.format) for dataset in recipe.datasets]
-        self.documents = load_documents(sources, self._tokenizer, training.sequence_len)
+        self._vocab_size = vocabulary(load_config(model_dir))
+        self.documents = self._load(sources)
         self._lengths = self.documents.lengths()
         self._order = data_order(recipe, self.documents)
         self._plans: dict[tuple[int, int], Future[_Plan]] = {}
@@ -198,8 +201,7 @@ class Engine:
             raise TrainChainError("data.empty", "The job has no held-out data to evaluate on.")
         if self._held_out is None:
             source = (self._path(held_out.dataset.file.sha256), held_out.dataset.format)
-            length = self.recipe.training.sequence_len
-            found = load_documents([source], self._tokenizer, length, limit=held_out.rows)
+            found = self._load([source], held_out.rows)
             counted = count_held_out(found)
             pinned = Counts(rows=counted.rows, tokens=held_out.tokens, supervised=held_out.supervised)
             check_counts(counted, pinned, "the held-out data")
@@ -223,6 +225,10 @@ class Engine:
         if digest not in self._data_paths:
             raise TrainChainError("source.missing", f"The data file {digest} was not handed over.")
         return self._data_paths[digest]
+
+    def _load(self, sources: Sources, limit: int | None = None) -> TokenizedData:
+        length = self.recipe.training.sequence_len
+        return load_documents(sources, self._tokenizer, length, limit, vocab_size=self._vocab_size, cache=self._cache)
 
     def _nothing(self) -> Adapter:
         """An adapter that adds nothing."""
