@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from trainchain.core.models import Counts
 from trainchain.core.schedule import learning_rate
 from trainchain.core.segments import proof, start_leaf, verify
 from trainchain.core.train.data import TokenizedData, shard_batches
-from trainchain.core.train.packed import micro_batch
+from trainchain.core.train.packed import MicroBatch, micro_batch
 
 LEASE = "0x" + "ab" * 32
 MakeJob = Callable[..., Job]
@@ -242,3 +242,49 @@ def test_a_model_whose_documents_leak_is_refused(make_job: MakeJob, monkeypatch:
     with pytest.raises(TrainChainError, match="does not keep packed documents apart") as caught:
         job.engine()
     assert caught.value.code == "model.unreadable"
+
+
+def test_what_explodes_is_named(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    job = make_job(steps=4, segment_steps=4)
+    engine = job.engine()
+    figures = iter([(2.0, 1.0), (2.0, np.inf), (2.0, np.nan), (2.0, np.nan)])
+    monkeypatch.setattr(engine._adapted, "step", lambda *_: tuple(map(torch.tensor, next(figures))))
+    with pytest.raises(TrainChainError, match="the gradient of step 2 is inf") as caught:
+        engine.train(job.start, 1, 0, LEASE, states=tmp_path / "states")
+    assert caught.value.code == "train.diverged"
+    assert not list((tmp_path / "states").glob("*.safetensors"))
+
+    def spoil(*_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        engine._adapted._weights.data[-1] = torch.nan
+        return torch.tensor(1.0), torch.tensor(1.0)
+
+    monkeypatch.setattr(engine._adapted, "step", spoil)
+    with pytest.raises(TrainChainError, match=r"lora_B\.weight is not finite after step 4"):
+        engine.train(job.start, 1, 0, LEASE)
+
+
+def test_weight_decay_clip_and_schedule_are_the_recipes(make_job: MakeJob) -> None:
+    options = {"steps": 6, "lr_scheduler": "cosine", "warmup_steps": 2, "rounds": 2, "weight_decay": 0.1}
+    job = make_job(**options, max_grad_norm=0.05)
+    engine, start = job.engine(), some_adapter(job)
+    rates: list[float] = []
+    norms: list[float] = []
+    step = engine._adapted.step
+
+    def watch(batches: Iterator[MicroBatch], targets: int, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        found = step(batches, targets, rate)
+        rates.append(rate)
+        norms.append(float(engine._adapted._gradients.norm()))
+        return found
+
+    engine._adapted.step = watch  # type: ignore[method-assign]
+    engine.train(start, 1, 0, LEASE)
+    engine.train(start, 2, 0, LEASE)
+
+    peak = job.recipe.training.learning_rate
+    assert rates[:3] == [peak / 2, peak, peak]
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert 0 < rates[-1] < 0.1 * peak
+    assert norms == pytest.approx([0.05] * 12, rel=1e-3)
+    parameter = engine._adapted._optimizer.param_groups[0]
+    assert (parameter["weight_decay"], parameter["lr"]) == (0.1, rates[-1])
