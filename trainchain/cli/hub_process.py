@@ -14,6 +14,7 @@ from trainchain.cli.bridge import open_hub_chain
 from trainchain.cli.output import Output
 from trainchain.cli.wiring import short
 from trainchain.core.errors import TrainChainError
+from trainchain.core.worker.devices import one_device
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,7 +134,7 @@ class _Evaluator:
 
     def __init__(self, url: str, home: Path, threads: int) -> None:
         self._arguments = ["serve-gpu", "--hub", url, "--home", str(home), "--threads", str(threads)]
-        self._arguments += ["--json", "--until-stdin-closes"]
+        self._arguments += ["--json", "--until-stdin-closes", *one_device(0)]
         self._log = home / "evaluator.log"
         self._stopping = threading.Event()
         self._process = self._start()

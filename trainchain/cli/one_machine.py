@@ -18,6 +18,7 @@ from trainchain.cli.output import Output
 from trainchain.cli.progress import Progress
 from trainchain.core import money
 from trainchain.core.errors import TrainChainError
+from trainchain.core.worker.devices import one_device
 
 if TYPE_CHECKING:
     from trainchain.core.client import HubClient
@@ -183,8 +184,9 @@ class _Fleet:
         self._failures: list[TrainChainError] = []
         self._lock = threading.Lock()
         self._processes = []
-        for home in self.homes:
+        for number, home in enumerate(self.homes):
             arguments = ["serve-gpu", "--hub", hub_url, "--home", str(home), "--threads", str(threads)]
+            arguments += one_device(number)
             process = parent.start([*arguments, "--json", "--until-stdin-closes"], home.with_suffix(".log"))
             stack.callback(parent.stop, process)
             self._processes.append(process)

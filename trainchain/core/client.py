@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -104,7 +105,7 @@ class HubClient:
 
         Raises `object.digest` where the bytes are others, or more than `size`.
         """
-        data_path = target.with_name(f".{target.name}.{os.getpid()}.part")
+        data_path = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
         received = 0
         try:
             with self._stream(f"/v1/objects/{digest}") as chunks, data_path.open("wb") as file:

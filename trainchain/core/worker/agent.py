@@ -6,25 +6,31 @@ Imports no torch and no chain: the trainer is a child process, and signing is a 
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from trainchain.core.client import HubClient
 from trainchain.core.digests import sha256_file
 from trainchain.core.errors import TrainChainError
-from trainchain.core.models import Lease, ResolvedRecipe, parse
+from trainchain.core.models import MAX_ANSWER, Lease, ResolvedRecipe, parse
 from trainchain.core.rewards import shard_reward
 from trainchain.core.settings import private_folder, write_private
+from trainchain.core.states import Job
+from trainchain.core.worker.bench import Bench, remove
 from trainchain.core.worker.child import Child
 from trainchain.core.worker.files import Cache, JobFiles
+from trainchain.core.worker.fleet import Quota, Stopped
+from trainchain.core.worker.heart import OVER, Heart
 
-BEAT_SECONDS = 5.0
 POLL_SECONDS = 20.0
 AWAY_SECONDS = 2.0
 LONGEST_SECONDS = 120.0
-OVER = frozenset({"shard.already_accepted", "round.closed", "job.closed", "lease.not_yours", "lease.unknown"})
 AWAY = frozenset({"hub.unreachable", "hub.failed", "chain.unreachable"})
+TOO_LARGE = frozenset({"train.out_of_memory", "train.child_died"})
+"""What a smaller micro-batch may help against: the memory of a GPU, or of the machine, whose system kills the child."""
+SPOILED = frozenset({"train.diverged", "state.invalid"})
+"""After these nothing is trained on from the states that lie there."""
 
 OnEvent = Callable[[dict[str, Any]], None]
 Sign = Callable[[Mapping[str, Any]], str]
@@ -35,7 +41,11 @@ CheckReceipt = Callable[[Mapping[str, Any], str], bool]
 
 
 class Worker:
-    """One device's worker. An interrupt (Ctrl-C, SIGTERM) gives the lease back on its way out."""
+    """One device's worker. An interrupt (Ctrl-C, SIGTERM), or `stop` from another thread, gives the lease back.
+
+    `micro_tokens` (how many tokens go through the model at once; the child's own choice by default) and
+    `checkpointing` are the machine's affair: they change memory and last bits, not the mathematics.
+    """
 
     def __init__(
         self,
@@ -48,7 +58,10 @@ class Worker:
         check_receipt: CheckReceipt,
         on_event: OnEvent,
         job: str | None = None,
-        sleep: Callable[[float], None] = time.sleep,
+        device: str = "device",
+        checkpointing: bool = False,
+        micro_tokens: int | None = None,
+        sleep: Callable[[float], None] | None = None,
     ) -> None:
         self._client = client
         self._home = home
@@ -57,29 +70,54 @@ class Worker:
         self._check_job = check_job
         self._check_receipt = check_receipt
         self._on_event = on_event
-        self._sleep = sleep
+        self._wait = sleep
         self._job = job
+        self._checkpointing = checkpointing
+        self._micro_tokens = micro_tokens
+        self._fitting: dict[str, int] = {}
+        """Jobs whose shards did not fit: how many tokens at once are tried next."""
         self._cache = Cache(home / "cache")
+        self._bench = Bench(home / "work" / device)
         self._open: str | None = None
         self._failures = 0
+        self._stopping = threading.Event()
+        self.busy = False
 
-    def run(self, *, shards: int | None = None) -> None:
-        """Work until interrupted, or until `shards` leases are done."""
-        done = 0
+    def run(self, quota: Quota) -> None:
+        """Work until interrupted, or until the quota is done."""
         waiting = False
         try:
-            while shards is None or done < shards:
-                lease = self._lease()
-                if lease is None:
-                    if not waiting:
-                        self._tell("waiting", reason="no shard is open")
-                    waiting = True
-                    continue
-                waiting = False
-                if self._work(lease):
-                    done += 1
+            self._tidy()
+            while quota.take():
+                self._go_on()
+                lease, done = self._lease(), False
+                if lease is not None:
+                    done = self._work(lease)
+                elif not waiting:
+                    self._tell("waiting", reason="no shard is open")
+                waiting = lease is None
+                if not done:
+                    quota.give_back()
         finally:
             self._child.stop()
+
+    def stop(self) -> None:
+        """End soon, from another thread: the child at once, then the lease goes back."""
+        self._stopping.set()
+        self._client.attempts = 1
+        self._child.close()
+
+    def _tidy(self) -> None:
+        """Throw away what earlier runs left of rounds and jobs that are over."""
+        for job in self._bench.jobs():
+            try:
+                view = self._client.get(f"/v1/jobs/{job}")
+            except TrainChainError as error:
+                if error.code in AWAY:
+                    return
+                continue  # another hub's job
+            going_on = view.get("state") in (Job.UNFUNDED, Job.OPEN, Job.RUNNING)
+            self._bench.clear(job, before=int(view["round"]) if going_on else None)
 
     def _lease(self) -> Lease | None:
         body: dict[str, Any] = {"wait": POLL_SECONDS}
@@ -101,8 +139,10 @@ class Worker:
         Failures in a row wait longer and longer, so that a machine that cannot do a job does not hold it up.
         """
         self._tell("leased", **lease.model_dump(include={"lease", "kind", "job", "name", "round", "shard"}))
-        with _Heart(self._client, lease.lease) as heart:
+        self.busy = True
+        with Heart(self._client, lease.lease) as heart:
             try:
+                self._go_on()
                 self._check_job(lease.job, lease.spec_hash)
                 files = self._prepare(lease)
                 if lease.kind == "evaluate":
@@ -123,45 +163,70 @@ class Worker:
                 self._client.attempts = 1
                 self._give_back(lease)
                 raise
+            finally:
+                self.busy = False
 
     def _prepare(self, lease: Lease) -> JobFiles:
         files = self._cache.job(self._client, lease.job, lease.spec_hash, held_out=lease.kind == "evaluate")
         if self._open != lease.job or not self._child.alive:
             request = {
                 "op": "open",
-                "recipe": str(files.recipe_path),
-                "model_dir": str(files.model_dir),
-                "data": {digest: str(path) for digest, path in files.data.items()},
+                **files.for_child(),
+                "cache": str(self._cache.tokens),
+                "checkpointing": self._checkpointing,
+                "micro_tokens": self._fitting.get(lease.job, self._micro_tokens),
             }
             self._open = None
-            self._child.answer(request)
+            for _ in self._ask(request):
+                pass
             self._open = lease.job
         return files
 
     def _evaluate(self, lease: Lease, files: JobFiles) -> None:
         adapter = self._start(lease, files.recipe)
-        result = self._child.answer({"op": "evaluate", "adapter": str(adapter)})
-        self._insist("POST", f"/v1/leases/{lease.lease}/evaluation", {"loss": result["loss"]})
-        self._tell("evaluated", job=lease.job, round=lease.round, loss=result["loss"])
+        request = {"op": "evaluate", "adapter": str(adapter)}
+        result = self._fitted(lease, files.recipe, lambda: [*self._ask(request)][-1])
+        report = {"loss": result["loss"], "samples": [text[:MAX_ANSWER] for text in result["samples"]]}
+        self._insist("POST", f"/v1/leases/{lease.lease}/evaluation", report)
+        self._tell("evaluated", job=lease.job, round=lease.round, **report)
 
     def _start(self, lease: Lease, recipe: ResolvedRecipe) -> Path:
         """The adapter a lease starts from: as large as the job's initial one, since it has the same tensors."""
         return self._cache.object(self._client, lease.start, recipe.lora.initial.size)
 
-    def _train(self, lease: Lease, files: JobFiles, heart: "_Heart") -> None:
-        out = private_folder(self._home / "work" / lease.lease[2:18])
+    def _train(self, lease: Lease, files: JobFiles, heart: Heart) -> None:
+        """Train the shard, on from what an earlier lease of it left, and hand it in."""
+        self._bench.clear(lease.job, before=lease.round)
+        place = self._bench.place(lease)
         start = self._start(lease, files.recipe)
         began = time.monotonic()
-        result: dict[str, Any] = {}
         request = {
             "op": "train",
             "start": str(start),
             "round": lease.round,
             "shard": lease.shard,
             "lease": lease.lease,
-            "out": str(out),
+            "out": str(private_folder(place / "out")),
+            "states": str(private_folder(place / "states")),
         }
-        for event in self._child.ask(request):
+        try:
+            result = self._fitted(lease, files.recipe, lambda: self._trained(request, lease, heart))
+        except TrainChainError as error:
+            if error.code in SPOILED | OVER:
+                remove(place)
+            raise
+        try:
+            self._contribute(lease, files.recipe, result, time.monotonic() - began)
+        except TrainChainError:
+            remove(place)  # the same bytes would be refused again
+            raise
+        remove(place)
+
+    def _trained(self, request: Mapping[str, Any], lease: Lease, heart: Heart) -> dict[str, Any]:
+        """What the child answers; gives up where the hub does not want the shard any more."""
+        began = time.monotonic()
+        result: dict[str, Any] = {}
+        for event in self._ask(request):
             if heart.over is not None:
                 self._child.stop()
                 raise heart.over
@@ -170,10 +235,53 @@ class Worker:
                 heart.progress = {"step": event["step"], "steps": event["steps"], "tokens_per_second": speed}
                 self._tell("step", round=lease.round, shard=lease.shard, **heart.progress)
             result = event
-        self._contribute(lease, files.recipe, result, time.monotonic() - began)
-        for path in sorted(out.iterdir()):
-            path.unlink()
-        out.rmdir()
+        return result
+
+    def _fitted(self, lease: Lease, recipe: ResolvedRecipe, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Do it; where it does not fit, once more with less at once. No shape that did not fit is tried twice."""
+        try:
+            return work()
+        except TrainChainError as error:
+            if error.code not in TOO_LARGE:
+                raise
+            self._smaller(lease, recipe, error)
+        self._prepare(lease)
+        try:
+            return work()
+        except TrainChainError as error:
+            if error.code in TOO_LARGE:
+                self._smaller(lease, recipe, error)
+            raise
+
+    def _smaller(self, lease: Lease, recipe: ResolvedRecipe, error: TrainChainError) -> None:
+        """End the child; the next one that opens this job puts half as much through the model at once."""
+        self._child.stop()
+        self._open = None
+        usual = self._micro_tokens or recipe.training.micro_batch_size * recipe.training.sequence_len
+        half = max(1, self._fitting.get(lease.job, usual) // 2)
+        self._fitting[lease.job] = half
+        self._tell("smaller", round=lease.round, shard=lease.shard, code=error.code, micro_tokens=half)
+
+    def _ask(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The child's events; a child that ended because we are to stop is no failure."""
+        try:
+            for event in self._child.ask(request):
+                self._go_on()
+                yield event
+        except TrainChainError:
+            self._go_on()
+            raise
+
+    def _go_on(self) -> None:
+        if self._stopping.is_set():
+            raise Stopped
+
+    def _sleep(self, seconds: float) -> None:
+        if self._wait is not None:
+            self._wait(seconds)
+        else:
+            self._stopping.wait(seconds)
+        self._go_on()
 
     def _contribute(self, lease: Lease, recipe: ResolvedRecipe, result: dict[str, Any], seconds: float) -> None:
         delta = Path(result["delta"])
@@ -195,6 +303,7 @@ class Worker:
             "signature": self._sign(message),
             "losses": result["losses"],
             "seconds": round(float(result["seconds"]), 3),
+            "micro_tokens": result["micro_tokens"],
         }
         here = f"/v1/leases/{lease.lease}"
         try:
@@ -226,6 +335,7 @@ class Worker:
             tokens=result["tokens"],
             train_seconds=result["seconds"],
             seconds=seconds,
+            resumed=result["resumed"],
             delta_bytes=delta.stat().st_size,
             bytes_up=self._client.sent,
             bytes_down=self._client.received,
@@ -254,32 +364,3 @@ class Worker:
 
     def _tell(self, event: str, **fields: Any) -> None:
         self._on_event({"event": event, **fields})
-
-
-class _Heart:
-    """Beats for one lease in a thread of its own. `over` is set when the hub says the work is no longer wanted."""
-
-    def __init__(self, client: HubClient, lease_id: str) -> None:
-        self.progress: dict[str, Any] = {}
-        self.over: TrainChainError | None = None
-        self._client = client
-        self._lease = lease_id
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
-
-    def __enter__(self) -> "_Heart":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join(timeout=1)
-
-    def _run(self) -> None:
-        while not self._done.wait(BEAT_SECONDS):
-            try:
-                self._client.post(f"/v1/leases/{self._lease}/beat", self.progress)
-            except TrainChainError as error:
-                if error.code in OVER:
-                    self.over = error
-                    return

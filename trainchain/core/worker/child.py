@@ -38,6 +38,7 @@ class Child:
         self._environment = dict(environment)
         self._log = log
         self._process: subprocess.Popen[str] | None = None
+        self._closed = False
 
     @property
     def pid(self) -> int | None:
@@ -90,8 +91,16 @@ class Child:
                     pipe.close()
             self._process = None
 
+    def close(self) -> None:
+        """End the child from another thread than the one that asks it; it is not started again."""
+        self._closed = True
+        if self._process is not None:
+            self._process.kill()
+
     def _start(self) -> subprocess.Popen[str]:
         self.stop()
+        if self._closed:
+            raise self._died()
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(

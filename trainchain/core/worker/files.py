@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trainchain.core.client import HubClient
 from trainchain.core.digests import canonical_json, sha256, sha256_file
@@ -21,12 +23,22 @@ class JobFiles:
     model_dir: Path
     data: dict[str, Path]
 
+    def for_child(self) -> dict[str, Any]:
+        """The places as the training child's `open` names them."""
+        return {
+            "recipe": str(self.recipe_path),
+            "model_dir": str(self.model_dir),
+            "data": {digest: str(path) for digest, path in self.data.items()},
+        }
+
 
 class Cache:
     """One folder of objects named by digest; nothing in it is used before its hash was checked again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = private_folder(folder)
+        self.tokens = private_folder(folder / "tokens")
+        """Where training children keep a job's tokenised data."""
         self._checked: set[str] = set()
 
     def object(self, client: HubClient, digest: str, size: int | None = None) -> Path:
@@ -61,12 +73,12 @@ class Cache:
         folder = self.folder / "models" / name
         sources = [(ref, self.object(client, ref.sha256, ref.size)) for ref in files]
         if not folder.exists():
-            making = private_folder(self.folder / "models" / f".{name}.{os.getpid()}")
+            making = private_folder(self.folder / "models" / f".{name}.{os.getpid()}.{threading.get_ident()}")
             for ref, source in sources:
                 _link(source, making / ref.name)
             try:
                 making.rename(folder)
-            except OSError:  # another worker on this home was first
+            except OSError:  # another worker of this home was first
                 shutil.rmtree(making)
         return folder
 
