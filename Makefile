@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test test-all check bench clean
+.PHONY: quickstart test test-all check bench bench-train bench-learning clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/trainchain run recipes/quickstart/recipe.yaml
@@ -25,6 +25,14 @@ bench: $(VENV)/installed-dev
 	@test -n "$(MODEL)" || { echo "make bench MODEL=DIR TRAIN=FILE.jsonl EVAL=FILE.jsonl [FLAGS=--quick]"; exit 2; }
 	$(BIN)/python benchmarks/real_job.py --model $(MODEL) --train $(TRAIN) --eval $(EVAL) $(FLAGS)
 
+bench-train: $(VENV)/installed-bench
+	@test -n "$(MODEL)" || { echo "make bench-train MODEL=DIR DATA=FILE.jsonl [FLAGS='--shape 135m']"; exit 2; }
+	$(BIN)/python benchmarks/train.py --model $(MODEL) --data $(DATA) $(FLAGS)
+
+bench-learning: $(VENV)/installed-bench
+	@test -n "$(MODEL)" || { echo "make bench-learning MODEL=DIR TRAIN=FILE.jsonl EVAL=FILE.jsonl [FLAGS=--quick]"; exit 2; }
+	$(BIN)/python benchmarks/learning.py --model $(MODEL) --train $(TRAIN) --eval $(EVAL) $(FLAGS)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
@@ -38,3 +46,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[dev]"
 	touch $@ $(VENV)/installed
+
+$(VENV)/installed-bench: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable ".[bench]"
+	touch $@

@@ -1,0 +1,239 @@
+"""What is learned: TrainChain's engine on a single machine against a tuned TRL run of the same tokens.
+
+Both sides take the same rows in the same order from the same start adapter, with AdamW, warm-up and a cosine of
+their own; each tries the same grid of learning rates on the first seed and keeps its best, judged on rows that
+the result is not. Held-out losses are measured by PEFT alone, alike for both. With --state, a run that was
+stopped goes on where it was.
+
+Prints one JSON document on stdout. Exits 0 whatever it finds, 1 where a side did not run to its end.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import report
+from jobs import Job, Size, document_rows, longest, prepare, real_tokens
+from launch import OWN_PROCESS, SideFailedError, absent_peer, begin, log, run_side
+
+from trainchain.core.errors import TrainChainError
+
+PACKAGES = ("trainchain", "torch", "transformers", "peft", "accelerate", "trl", "datasets", "numpy")
+GRID = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+OURS, TRL = "trainchain", "TRL"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run. `rounds` of more than one make the engine begin each with new AdamW moments."""
+
+    model: Path
+    train: Path
+    held_out: Path
+    grid: tuple[float, ...]
+    seeds: int
+    steps: int
+    rounds: int
+    threads: int
+    side_by_side: int
+    batch: int = 8
+    sequence_len: int = 512
+    warmup_steps: int = 5
+    held_out_rows: int = 200
+    limit_seconds: float = 3600.0
+
+    @property
+    def total_steps(self) -> int:
+        return self.rounds * self.steps
+
+    def settings(self) -> dict[str, Any]:
+        names = {key: str(value.name) for key, value in asdict(self).items() if isinstance(value, Path)}
+        return {
+            **asdict(self),
+            **names,
+            "schedule": "cosine to zero after linear warm-up over the whole run, each side by its own code",
+            "both": "AdamW (0.9, 0.999), no decay, clip 1.0, r 8, alpha 16, every linear layer but the head, fp32; "
+            "same rows, same order, same start adapter; TRL on rows packed alike, without checkpointing",
+            "tuning": f"the grid on seed 0, judged on held-out rows {self.held_out_rows} to "
+            f"{2 * self.held_out_rows - 1}; the result is on rows 0 to {self.held_out_rows - 1}",
+            "environment of every side": OWN_PROCESS,
+        }
+
+
+def main() -> int:
+    begin("learning")
+    plan, state = _arguments()
+    reason = absent_peer()
+    sides = [OURS] if reason else [OURS, TRL]
+    load = report.machine()["load_average"]
+    figures = [report.must("TRL", reason, "", "it is measured", False)] if reason else []
+    more: dict[str, Any] = {"load_average_before": load}
+    code = 0
+    with tempfile.TemporaryDirectory(prefix="trainchain-bench-", ignore_cleanup_errors=True) as temporary:
+        try:
+            figures += study(Runs(plan, state or Path(temporary) / "state"), sides, more)
+        except (SideFailedError, TrainChainError) as error:
+            log.error("%s", error)
+            figures.append(report.failure("a run", str(error)))
+            code = 1
+    report.write(report.document("learning", PACKAGES, plan.settings(), figures, **more))
+    return code
+
+
+def _arguments() -> tuple[Plan, Path | None]:
+    parser = argparse.ArgumentParser(description="What is learned by TrainChain and by a tuned TRL on the same tokens.")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the base model's folder")
+    parser.add_argument("--train", type=Path, required=True, metavar="FILE", help="jsonl of training rows")
+    parser.add_argument("--eval", type=Path, required=True, metavar="FILE", help="jsonl of held-out rows")
+    parser.add_argument(
+        "--quick", action="store_true", help="6 steps of 2 sequences, 2 rates, 2 seeds, 20 held-out rows"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument(
+        "--grid", type=float, nargs="+", default=GRID, metavar="RATE", help="learning rates (%(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=100, help="in a round (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of each run (%(default)s)")
+    parser.add_argument("--side-by-side", type=int, default=2, metavar="N", help="runs at once (%(default)s)")
+    parser.add_argument("--state", type=Path, metavar="DIR", help="keep finished runs here, and go on from them")
+    given = parser.parse_args()
+    model, train, held_out = (path.resolve() for path in (given.model, given.train, given.eval))
+    sizes = (given.seeds, given.steps, given.rounds, given.threads, given.side_by_side)
+    plan = Plan(model, train, held_out, tuple(given.grid), *sizes)
+    plan = replace(plan, sequence_len=longest(model, plan.sequence_len))
+    if given.quick:
+        plan = replace(plan, batch=2, warmup_steps=1, held_out_rows=20, limit_seconds=120.0)
+        plan = replace(plan, grid=plan.grid[1:3], seeds=2, steps=6, rounds=1)
+    return plan, given.state.resolve() if given.state else None
+
+
+class Runs:
+    """Trains and scores, at most `side_by_side` at once; what is done lies in the state folder."""
+
+    def __init__(self, plan: Plan, state: Path) -> None:
+        self.plan = plan
+        self._state = state
+        state.mkdir(parents=True, exist_ok=True)
+        kept, wanted = state / "settings.json", json.dumps(asdict(plan), default=str, sort_keys=True)
+        if kept.exists() and kept.read_text(encoding="utf-8") != wanted:
+            raise SystemExit(f"{state} holds runs of other settings; name another folder.")
+        kept.write_text(wanted, encoding="utf-8")
+        for name, first in (("tuning", plan.held_out_rows), ("result", 0)):
+            rows = document_rows(plan.model, plan.held_out, plan.sequence_len, first, plan.held_out_rows)
+            (state / f"{name}-rows.json").write_text(json.dumps(rows), encoding="utf-8")
+
+    def job(self, seed: int) -> Job:
+        plan, job = self.plan, Job(self._state / f"seed-{seed}")
+        if not job.complete:
+            shutil.rmtree(job.folder, ignore_errors=True)
+            size = Size(plan.steps, plan.batch, plan.sequence_len, rounds=plan.rounds)
+            training = {
+                "micro_batch_size": 2 if plan.batch % 2 == 0 else 1,
+                "lr_scheduler": "cosine",
+                "warmup_steps": plan.warmup_steps,
+                "shard_warmup_steps": 0,
+                "max_grad_norm": 1.0,
+                "weight_decay": 0.0,
+                "precision": "fp32",
+                "seed": seed,
+            }
+            prepare(job.folder, plan.model, plan.train, size, training)
+        return job
+
+    def train(self, wanted: Sequence[tuple[str, int, float]]) -> None:
+        """Each (side, seed, rate) that has not run yet."""
+        for _, seed, _ in wanted:
+            self.job(seed)
+        with ThreadPoolExecutor(self.plan.side_by_side) as pool:
+            list(pool.map(lambda one: self._train(*one), wanted))
+
+    def _train(self, side: str, seed: int, rate: float) -> None:
+        name = f"{side}-{seed}-{rate:g}"
+        if self.result(side, seed, rate) is not None:
+            log.info("%s: done before", name)
+            return
+        common = {"job": str(self.job(seed).folder), "warm": 1, "steps": self.plan.total_steps}
+        schedule = {"schedule": "cosine", "warmup_steps": self.plan.warmup_steps, "learning_rate": rate}
+        specs: dict[str, dict[str, Any]] = {
+            OURS: {"side": "ours", "training": {"learning_rate": rate}},
+            TRL: {"side": "trl", "layout": "packed", "micro": 1, "stock": False, "seed": seed, **schedule},
+        }
+        found = self._side(common | specs[side], name)
+        log.info("%s: trained, %.0f tokens/s", name, found["tokens_per_second"])
+
+    def result(self, side: str, seed: int, rate: float) -> dict[str, Any] | None:
+        path = self._state / f"{side}-{seed}-{rate:g}.json"
+        if not path.is_file():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def score(self, rows: str, wanted: Sequence[tuple[str, int, float]]) -> list[float]:
+        """Held-out losses of trained adapters, in order; the last is that of the base alone."""
+        job = self.job(0)
+        adapters = {"base": str(job.start)}
+        for one in wanted:
+            found = self.result(*one)
+            adapters[str(one)] = found["adapter"] if found else ""
+        spec = {"side": "score", "job": str(job.folder), "rows": str(self._state / f"{rows}-rows.json")}
+        losses = self._side(spec | {"adapters": adapters}, f"score-{rows}")["losses"]
+        for one in wanted:
+            log.info("%s seed %d, rate %g: held-out loss %.4f on the %s rows", *one, losses[str(one)], rows)
+        return [*(float(losses[str(one)]) for one in wanted), float(losses["base"])]
+
+    def _side(self, spec: dict[str, Any], name: str) -> dict[str, Any]:
+        return run_side({"threads": self.plan.threads} | spec, self._state, name, self.plan.limit_seconds)
+
+
+def study(runs: Runs, sides: Sequence[str], more: dict[str, Any]) -> list[report.Figure]:
+    """Tune on seed 0, train the other seeds at each side's best rate, and compare."""
+    plan = runs.plan
+    grid = [(side, 0, rate) for side in reversed(sides) for rate in plan.grid]  # the slower side first
+    runs.train(grid)
+    tuned = dict(zip(grid, runs.score("tuning", grid), strict=False))
+    best = {side: min(plan.grid, key=lambda rate: tuned[side, 0, rate]) for side in sides}
+    more["tuning"] = {side: {f"{rate:g}": round(tuned[side, 0, rate], 5) for rate in plan.grid} for side in sides}
+    final = [(side, seed, best[side]) for side in reversed(sides) for seed in range(plan.seeds)]
+    runs.train(final)
+    *losses, before = runs.score("result", final)
+    by_side = {side: [loss for one, loss in zip(final, losses, strict=True) if one[0] == side] for side in sides}
+    trained = runs.job(0).steps()[: plan.total_steps]
+    found = {one: runs.result(*one) or {} for one in final}
+    more["tokens_per_second"] = {
+        side: [round(result["tokens_per_second"], 1) for one, result in found.items() if one[0] == side]
+        for side in sides
+    }
+    figures = [
+        report.Figure("tokens trained, seed 0", sum(real_tokens(step) for step in trained), "tokens"),
+        report.Figure("held-out loss before", round(before, 5), "nats/token"),
+    ]
+    for side in sides:
+        edge = ", the edge of the grid" if best[side] in (min(plan.grid), max(plan.grid)) else ""
+        figures.append(report.Figure(f"best learning rate, {side}", best[side], "", peer=f"of {plan.grid}{edge}"))
+        figures += [
+            report.Figure(f"held-out loss, {side}, seed {seed}", round(loss, 5), "nats/token")
+            for seed, loss in enumerate(by_side[side])
+        ]
+        figures.append(report.Figure(f"held-out loss, {side}, mean", round(mean(by_side[side]), 5), "nats/token"))
+    return figures + (gap_figures(by_side[OURS], by_side[TRL]) if TRL in sides else [])
+
+
+def gap_figures(ours: Sequence[float], theirs: Sequence[float]) -> list[report.Figure]:
+    """Pairs of the same seed: same rows, same start."""
+    gaps = [100 * (mine - other) / other for mine, other in zip(ours, theirs, strict=True)]
+    figures = [report.at_most("loss gap to tuned TRL, mean over seeds", mean(gaps), "%", 0.0, digits=3)]
+    if len(gaps) > 1:
+        figures.append(report.Figure("loss gap to tuned TRL, standard deviation", round(stdev(gaps), 3), "%"))
+    return figures
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
