@@ -151,6 +151,23 @@ def train_and_publish(opened: Opened, folder: Path, *, off: float = 1e-4) -> Non
     assert all(result.losses[1] < result.losses[0] - 0.1 for result in results)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "phi"])
+@pytest.mark.parametrize("path", ["peft", "fused"])
+def test_a_layer_computed_twice_drops_nothing_out(name: str, path: str, make_job: MakeJob, tmp_path: Path) -> None:
+    dropout = {"gpt2": "attn_pdrop", "opt": "dropout", "phi": "attention_dropout"}
+    folder = FAMILIES[name].make(tmp_path / "model", **{dropout[name]: 0.5})
+    job = make_job(folder, adapter_path=path)
+    found = []
+    for again in (False, True):
+        engine = Engine(job.recipe, folder, job.data, threads=1, checkpointing=again)
+        found.append(engine.train(job.start, 1, 0, LEASE))
+        engine.close()
+
+    assert found[1].losses == pytest.approx(found[0].losses, rel=1e-6)
+    off = [np.abs(found[1].delta[tensor] - change).max() for tensor, change in found[0].delta.items()]
+    assert max(off) < 1e-4
+
+
 def no_pad_token(folder: Path) -> None:
     for name, key in (("config.json", "pad_token_id"), ("tokenizer_config.json", "pad_token")):
         text = json.loads((folder / name).read_text())

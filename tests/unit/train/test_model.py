@@ -17,6 +17,7 @@ from trainchain.core.train.model import (
     default_attention,
     find_targets,
     initial_adapter,
+    load_config,
     load_model,
     load_tokenizer,
     longest_document,
@@ -93,9 +94,16 @@ def test_what_peft_takes_for_experts_is_no_target(tmp_path: Path) -> None:
         assert caught.value.code == "recipe.invalid"
 
 
-def test_the_kernel_is_one_that_the_model_can_run_with() -> None:
-    assert default_attention(FAMILIES["gemma2"].config()) == "eager"
+def test_the_kernel_is_one_that_the_model_can_run_with(tmp_path: Path) -> None:
+    folder = FAMILIES["gemma2"].make(tmp_path)
+
+    assert default_attention(load_config(folder)) == "eager"
     assert default_attention(FAMILIES["llama"].config()) == "sdpa"
+    load_model(folder, dtype=torch.float32, attention="eager")
+    with pytest.raises(TrainChainError, match="gemma2 needs the eager attention kernel") as caught:
+        load(folder)
+    assert caught.value.code == "model.unreadable"
+    assert "attention: eager" in caught.value.hint
 
 
 def test_a_document_is_not_longer_than_the_model_can_turn() -> None:

@@ -78,7 +78,7 @@ def load_config(folder: Path) -> Any:
 
 
 def default_attention(config: Any) -> Literal["sdpa", "eager"]:
-    """The kernel a job on this model takes where its recipe names none: sdpa cannot cap attention scores."""
+    """The kernel a job on this model takes where its recipe names none: only eager can cap attention scores."""
     return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
 
 
@@ -97,6 +97,10 @@ def longest_document(config: Any) -> int | None:
 
 def load_model(folder: Path, *, dtype: torch.dtype, attention: str, quantization: str = "none") -> Any:
     """The causal language model, in eval mode, on the CPU. A weight the files lack or that is NaN is an error."""
+    config = load_config(folder)
+    if default_attention(config) == "eager" and "eager" not in attention:
+        what = f"{config.model_type} needs the eager attention kernel"
+        raise _unreadable(folder, what, "Write `attention: eager` in the recipe.")
     how: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if quantization == "nf4":
         how["quantization_config"] = BitsAndBytesConfig(
@@ -112,6 +116,9 @@ def load_model(folder: Path, *, dtype: torch.dtype, attention: str, quantization
 
 def _load(folder: Path, **how: Any) -> Any:
     config = load_config(folder)
+    for name, value in list(vars(config).items()):
+        if "drop" in name and isinstance(value, float):  # no draw of random numbers, in whatever mode a layer is
+            setattr(config, name, 0.0)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
