@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import secrets
 import time
 from collections.abc import Callable
@@ -36,6 +38,9 @@ class Plan:
     initial: bytes
     truncated: int
     skipped: int
+    truncated_at: list[str]
+    """The first of these rows, by file and line."""
+    skipped_at: list[str]
 
     @property
     def price(self) -> int:
@@ -44,22 +49,38 @@ class Plan:
         return job_price(self.resolved)
 
     def describe(self) -> str:
+        """All that an owner should know before paying."""
         recipe = self.resolved
-        tokens = sum(counts.tokens for row in recipe.counts for counts in row)
         size = sum(ref.size for ref in recipe.files())
-        cut = f", {self.truncated} rows cut at {recipe.training.sequence_len}" if self.truncated else ""
-        skipped = f", {self.skipped} rows teach nothing" if self.skipped else ""
         return (
-            f"recipe   {recipe.name}: {recipe.rounds} rounds x {recipe.shards} shards x {recipe.steps} steps "
-            f"= {tokens:,} tokens{cut}{skipped}\n"
+            f"{self.describe_work()}\n"
             f"files    {len(recipe.files())} files, {size / 1e6:.1f} MB, each named by its sha256\n"
             f"price    at most {money.show(self.price)} of a budget of {money.show(recipe.pay.budget)} TRAIN; "
             "what is not earned comes back"
         )
 
+    def describe_work(self) -> str:
+        """What is trained, and what of the data is not."""
+        recipe = self.resolved
+        tokens = sum(counts.tokens for row in recipe.counts for counts in row)
+        lines = [
+            f"recipe   {recipe.name}: {recipe.rounds} rounds x {recipe.shards} shards x {recipe.steps} steps "
+            f"= {tokens:,} tokens"
+        ]
+        for count, where, what in (
+            (self.truncated, self.truncated_at, f"are cut at {recipe.training.sequence_len} tokens"),
+            (self.skipped, self.skipped_at, "hold nothing to train on and are left out"),
+        ):
+            if count:
+                lines.append(f"rows     {count:,} {what}: {', '.join(where)}{', ..' if count > len(where) else ''}")
+        return "\n".join(lines)
 
-def resolve(path: Path) -> Plan:
-    """Pin everything of a recipe, on this machine. Raises its one clear error for whatever is wrong with it."""
+
+def resolve(path: Path, cache: Path | None = None) -> Plan:
+    """Pin everything of a recipe, on this machine. Raises its one clear error for whatever is wrong with it.
+
+    `cache` keeps the tokenised data for a training child of this machine.
+    """
     from trainchain.core.digests import sha256
     from trainchain.core.models import DataSet, FileRef, HeldOut, Lora, Merge, Pay, ResolvedRecipe
     from trainchain.core.recipe import load_recipe
@@ -69,6 +90,7 @@ def resolve(path: Path) -> Plan:
     sources = [(_file(entry.path, "datasets"), entry.type) for entry in recipe.datasets]
     tests = [(_file(entry.path, "test_datasets"), entry.type) for entry in recipe.test_datasets]
 
+    _hush()
     from trainchain.core.train.resolve import inspect
 
     found = inspect(
@@ -84,6 +106,7 @@ def resolve(path: Path) -> Plan:
         steps=recipe.steps,
         targets=recipe.lora_target_modules,
         r=recipe.lora_r,
+        cache=cache,
     )
     files: dict[str, Path] = {}
 
@@ -126,7 +149,9 @@ def resolve(path: Path) -> Plan:
         sample_tokens=recipe.sample_tokens,
         counts=found.counts,
     )
-    plan = Plan(resolved, model_dir, files, found.initial, found.truncated, found.skipped)
+    plan = Plan(
+        resolved, model_dir, files, found.initial, found.truncated, found.skipped, found.truncated_at, found.skipped_at
+    )
     if plan.price > resolved.pay.budget:
         raise TrainChainError(
             "money.budget_too_small",
@@ -135,6 +160,13 @@ def resolve(path: Path) -> Plan:
             hint=f'Set `budget: "{money.show(plan.price)}"` or more, lower the price, or train less.',
         )
     return plan
+
+
+def _hush() -> None:
+    """The libraries' bars and warnings are no answer to what the owner asked."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _training(recipe: Recipe, dtype: Literal["fp32", "bf16"]) -> Training:
