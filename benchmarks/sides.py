@@ -26,26 +26,27 @@ class Clock:
         self.imported = time.time() - spec["spawned"]
         self.counted: Callable[[], int] | None = None
         self._spec, self._done = spec, 0
-        self._marks: dict[int, tuple[float, int]] = {}
+        self._marks: dict[int, tuple[float, float, int]] = {}
         register_optimizer_step_post_hook(self._ended)
 
     def _ended(self, *_: Any) -> None:
         self._done += 1
         if self._done in (1, self._spec["warm"], self._spec["steps"]):
             _synchronize()
-            self._marks[self._done] = (time.time(), self.counted() if self.counted else 0)
+            self._marks[self._done] = (time.time(), time.process_time(), self.counted() if self.counted else 0)
 
     def result(self, tokens: Sequence[int]) -> dict[str, Any]:
         """`tokens` of each step, real ones; the warm-up steps are not counted."""
         warm, last = self._spec["warm"], self._spec["steps"]
         if self._done != last:
             raise SystemExit(f"{self._done} optimizer steps were seen, not {last}")
-        (began, before), (ended, after) = self._marks[warm], self._marks[last]
+        (began, idle, before), (ended, busy, after) = self._marks[warm], self._marks[last]
         trained = after - before if self.counted else sum(tokens[warm:last])
         if self.counted and tokens and trained != sum(tokens[warm:last]):
             raise SystemExit(f"the side counts {trained} tokens, the rows hold {sum(tokens[warm:last])}")
         return {
             "tokens_per_second": trained / (ended - began),
+            "tokens_per_processor_second": round(trained / (busy - idle), 1),
             "tokens_per_step": round(trained / (last - warm), 1),
             "seconds_to_import": round(self.imported, 2),
             "seconds_to_first_step_done": round(self._marks[1][0] - self._spec["spawned"], 2),

@@ -33,6 +33,8 @@ TARGETS = {
     ("1b", "fused"): 1.3,
     ("8b", "fused"): 1.15,
 }
+SHARE_TARGETS = {("8b", "fused"): 50.0}
+"""Percent of the matrix product's peak."""
 OVERHEAD_LIMIT = 0.1
 OVERHEAD_STEPS = {"to the first step": 10, "no step": 1}
 
@@ -225,7 +227,7 @@ def compare(plan: Plan, folder: Path, more: dict[str, Any]) -> list[report.Figur
     more["rounds"] = rounds
     figures = [report.must("TRL", reason, "", "it is measured", False)] if reason else []
     figures += ratio_figures(plan, variants, rounds)
-    figures += speed_figures(variants, rounds, cost["flops_per_token"])
+    figures += speed_figures(plan, variants, rounds, cost["flops_per_token"])
     figures += run.losses(variants)
     return figures + [report.failure(name, message) for name, message in run.failed.items()]
 
@@ -296,8 +298,15 @@ class Runs:
         return float(found["flops_per_second"]) if found else 0.0
 
 
-def speed(round_: dict[str, Any], name: str) -> float:
-    return float(round_["sides"].get(name, {}).get("tokens_per_second", 0.0))
+def speed(round_: dict[str, Any], name: str, unit: str = "second") -> float:
+    return float(round_["sides"].get(name, {}).get(f"tokens_per_{unit}", 0.0))
+
+
+def ratio(round_: dict[str, Any], name: str, group: Sequence[str], unit: str = "second") -> tuple[float, str] | None:
+    """One side against the fastest of a group, which is named; None where either is missing."""
+    theirs, best = max(((speed(round_, other, unit), other) for other in group), default=(0.0, ""))
+    mine = speed(round_, name, unit)
+    return (mine / theirs, best) if mine and theirs else None
 
 
 def ratio_figures(plan: Plan, variants: Sequence[Variant], rounds: Sequence[dict[str, Any]]) -> list[report.Figure]:
@@ -308,15 +317,12 @@ def ratio_figures(plan: Plan, variants: Sequence[Variant], rounds: Sequence[dict
     peers["the plain loop's best"] = [one.name for one in variants if one.spec["side"] == "plain"]
     for name, path in OURS.items():
         for peer, group in peers.items():
-            pairs = [
-                (speed(one, name), max(((speed(one, other), other) for other in group), default=(0.0, "")))
-                for one in rounds
-            ]
-            ratios = [mine / theirs for mine, (theirs, _) in pairs if mine and theirs]
-            if not ratios:
+            found = [each for one in rounds if (each := ratio(one, name, group))]
+            if not found:
                 continue
+            ratios = [value for value, _ in found]
             figure = f"{name}, against {peer}"
-            bests = ", ".join(dict.fromkeys(best for _, (_, best) in pairs))
+            bests = ", ".join(dict.fromkeys(best for _, best in found))
             target = TARGETS.get((plan.shape, path)) if peer == "TRL's best" and not plan.quick else None
             value = median(ratios)
             if target is None:
@@ -324,10 +330,15 @@ def ratio_figures(plan: Plan, variants: Sequence[Variant], rounds: Sequence[dict
             else:
                 figures.append(report.must(figure, round(value, 3), "x", f">= {target}", value >= target, peer=bests))
             figures.append(report.Figure(f"{figure}, by round", " ".join(f"{one:.3f}" for one in ratios), "x"))
+            work = [each[0] for one in rounds if (each := ratio(one, name, group, "processor_second"))]
+            if work and not plan.cuda:
+                figures.append(report.Figure(f"{figure}, in processor time", round(median(work), 3), "x"))
     return figures
 
 
-def speed_figures(variants: Sequence[Variant], rounds: Sequence[dict[str, Any]], flops: float) -> list[report.Figure]:
+def speed_figures(
+    plan: Plan, variants: Sequence[Variant], rounds: Sequence[dict[str, Any]], flops: float
+) -> list[report.Figure]:
     """Medians over the rounds; the share of the peak is of that round's fastest product."""
     figures: list[report.Figure] = []
     peaks = [max(one["product_gflops"]) for one in rounds]
@@ -338,8 +349,12 @@ def speed_figures(variants: Sequence[Variant], rounds: Sequence[dict[str, Any]],
         ]
         if seen:
             figures.append(report.Figure(one.name, round(median(rate for rate, _ in seen), 1), "tokens/s"))
-            share = median(100 * rate * flops / (1e9 * peak) for rate, peak in seen if peak)
-            figures.append(report.Figure(f"{one.name}, share of the peak", round(share, 2), "%"))
+            share = median(100 * rate * flops / (1e9 * peak) if peak else 0.0 for rate, peak in seen)
+            figure, limit = f"{one.name}, share of the peak", SHARE_TARGETS.get((plan.shape, one.spec.get("path", "")))
+            if limit is None or plan.quick:
+                figures.append(report.Figure(figure, round(share, 2), "%"))
+            else:
+                figures.append(report.must(figure, round(share, 2), "%", f">= {limit:g}", share >= limit))
             begun = median(
                 each["sides"][one.name]["seconds_to_first_step_done"] for each in rounds if speed(each, one.name)
             )
