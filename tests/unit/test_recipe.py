@@ -58,7 +58,7 @@ def test_a_small_recipe_gets_every_default() -> None:
     assert recipe.pay.per_million_tokens == 25 * 10**17
     assert (recipe.test_datasets, recipe.samples, recipe.sample_tokens) == ([], [], 64)
     assert (recipe.lr_scheduler, recipe.warmup_steps, recipe.segment_steps) == ("constant", 0, None)
-    assert (recipe.adapter, recipe.attention, recipe.adapter_path) == ("lora", "sdpa", "fused")
+    assert (recipe.adapter, recipe.attention, recipe.adapter_path) == ("lora", None, "fused")
     assert (recipe.bf16, recipe.fp16, recipe.lora_dropout) == ("auto", False, 0)
 
 

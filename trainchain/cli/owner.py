@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from trainchain.cli import wiring
 from trainchain.cli.output import Output
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trainchain.core.models import FileRef, ResolvedRecipe, Training
     from trainchain.core.recipe import Recipe
     from trainchain.core.settings import Settings
+    from trainchain.core.train.resolve import Inspection
 
 MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja")
 
@@ -106,6 +107,7 @@ def resolve(path: Path, cache: Path | None = None) -> Plan:
         steps=recipe.steps,
         targets=recipe.lora_target_modules,
         r=recipe.lora_r,
+        attention=recipe.attention,
         cache=cache,
     )
     files: dict[str, Path] = {}
@@ -137,7 +139,7 @@ def resolve(path: Path, cache: Path | None = None) -> Plan:
         datasets=datasets,
         held_out=held_out,
         lora=Lora(r=recipe.lora_r, alpha=recipe.lora_alpha, targets=sorted(found.targets), initial=initial),
-        training=_training(recipe, found.dtype),
+        training=_training(recipe, found),
         rounds=recipe.rounds,
         shards=recipe.shards,
         steps=recipe.steps,
@@ -169,10 +171,10 @@ def _hush() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _training(recipe: Recipe, dtype: Literal["fp32", "bf16"]) -> Training:
+def _training(recipe: Recipe, found: Inspection) -> Training:
     from trainchain.core.models import Training
 
-    chosen = dtype if recipe.bf16 == "auto" else ("bf16" if recipe.bf16 else "fp32")
+    chosen = found.dtype if recipe.bf16 == "auto" else ("bf16" if recipe.bf16 else "fp32")
     return Training(
         sequence_len=recipe.sequence_len,
         batch_size=recipe.micro_batch_size * recipe.gradient_accumulation_steps,
@@ -188,7 +190,7 @@ def _training(recipe: Recipe, dtype: Literal["fp32", "bf16"]) -> Training:
         adam_epsilon=recipe.adam_epsilon,
         precision="fp16" if recipe.fp16 else chosen,
         quantization="nf4" if recipe.adapter == "qlora" else "none",
-        attention=recipe.attention,
+        attention=found.attention,
         adapter_path=recipe.adapter_path,
         segment_steps=recipe.segment_steps or -(-recipe.steps // 8),
         seed=recipe.seed,

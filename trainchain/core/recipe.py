@@ -152,7 +152,8 @@ class Recipe(_Strict):
     adam_epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-8
     bf16: Literal["auto"] | bool = "auto"
     fp16: bool = False
-    attention: Literal["sdpa", "eager", "varlen"] = "sdpa"
+    attention: Literal["sdpa", "eager", "varlen"] | None = None
+    """Left out: sdpa, or eager for a model that needs it."""
     adapter_path: Literal["fused", "peft"] = "fused"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     rounds: Annotated[int, Field(ge=1, le=100_000)]

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tests.fixtures_architectures import FAMILIES
 from tests.fixtures_model import chat_rows, write_jsonl
 from trainchain.core.adapter import read_adapter
 from trainchain.core.errors import TrainChainError
@@ -113,3 +114,13 @@ def test_bad_held_out_rows_are_refused_too(tiny: Path, tmp_path: Path) -> None:
         look(tiny, data, test)
     with pytest.raises(TrainChainError, match="does not exist"):
         look(tmp_path / "gone", data)
+
+
+def test_a_model_that_caps_its_scores_gets_the_kernel_that_can(tmp_path: Path) -> None:
+    model = FAMILIES["gemma2"].make(tmp_path / "gemma2")
+    data = write_jsonl(tmp_path / "train.jsonl", chat_rows(24))
+    sizes = {"held_out_rows": 0, "sequence_len": 96, "batch_size": 4, "seed": 0, "rounds": 1, "shards": 1, "steps": 1}
+
+    assert inspect(model, [(data, None)], None, targets="all-linear", r=2, **sizes).attention == "eager"
+    with pytest.raises(TrainChainError, match="attention is sdpa, but the base model's attention needs eager"):
+        inspect(model, [(data, None)], None, targets="all-linear", r=2, attention="sdpa", **sizes)

@@ -202,7 +202,9 @@ class AdaptedModel:
             with torch.no_grad():
                 packed = self.logits(batch).float()
                 alone = self._alone(batch)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" in str(error):
+                raise
             raise TrainChainError("model.unreadable", f"The model cannot train packed: {error}.") from None
         off = float((packed[batch.lengths[0] - 1 :] - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
         if not off <= (1e-3 if exact else 0.1):

@@ -13,9 +13,18 @@ from trainchain.core.errors import TrainChainError
 from trainchain.core.models import Counts, DataFormat
 from trainchain.core.train.data import count_all, load_documents, name_rows, vocabulary
 from trainchain.core.train.evaluate import count_held_out
-from trainchain.core.train.model import Targets, find_targets, initial_adapter, load_config, load_tokenizer
+from trainchain.core.train.model import (
+    Targets,
+    default_attention,
+    find_targets,
+    initial_adapter,
+    load_config,
+    load_tokenizer,
+    longest_document,
+)
 from trainchain.core.train.rows import format_of, read_rows
 
+Kernel = Literal["sdpa", "eager", "varlen"]
 Source = tuple[Path, DataFormat | None]
 """A jsonl file, and its format where the recipe names one; else it is read off the first row."""
 NAMED = 3
@@ -51,6 +60,7 @@ class Inspection:
     targets: Targets
     initial: bytes
     counts: list[list[Counts]]
+    attention: Kernel
     dtype: Literal["fp32", "bf16"]
     truncated: int
     skipped: int
@@ -72,9 +82,12 @@ def inspect(
     steps: int,
     targets: str | Sequence[str],
     r: int,
+    attention: Kernel | None = None,
     cache: Path | None = None,
 ) -> Inspection:
     """Read model folder and data, loading no weights. `targets` is `all-linear` or a list of module names.
+
+    `attention` is what the recipe asks for, or None for the fastest that this model can run with anywhere.
 
     What is tokenized is kept in the folder `cache`, where an engine on this machine finds it.
     Raises TrainChainError: model.unreadable, source.missing, recipe.invalid, data.format, data.empty,
@@ -83,6 +96,7 @@ def inspect(
     found = find_targets(model_dir, targets)
     config = load_config(model_dir)
     _check_length(config, sequence_len)
+    kernel = _kernel(config, attention)
     tokenizer = load_tokenizer(model_dir)
     sources = [(path, form or format_of(path)) for path, form in datasets]
     vocab_size = vocabulary(config)
@@ -109,6 +123,7 @@ def inspect(
         targets=found,
         initial=adapter_bytes(initial_adapter(found, r, seed)),
         counts=counts,
+        attention=kernel,
         dtype="bf16" if str(getattr(config, "dtype", None)) in ("torch.bfloat16", "torch.float16") else "fp32",
         truncated=documents.truncated,
         skipped=documents.skipped,
@@ -117,9 +132,20 @@ def inspect(
     )
 
 
+def _kernel(config: object, wanted: Kernel | None) -> Kernel:
+    able = default_attention(config)
+    if wanted is not None and able == "eager" != wanted:
+        raise TrainChainError(
+            "recipe.invalid",
+            f"attention is {wanted}, but the base model's attention needs eager.",
+            hint="Write `attention: eager`, or leave it out.",
+        )
+    return wanted or able
+
+
 def _check_length(config: object, sequence_len: int) -> None:
-    longest = getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and sequence_len > longest:
+    longest = longest_document(config)
+    if longest is not None and sequence_len > longest:
         raise TrainChainError(
             "recipe.invalid",
             f"sequence_len is {sequence_len}, but the base model goes up to {longest} positions.",
