@@ -8,7 +8,7 @@ from tests.e2e.conftest import Machine, write_recipe
 
 def test_owner_and_two_workers_by_hand(machine: Machine, tiny_job: Path) -> None:
     hub, url = machine.start_hub()
-    recipe = write_recipe(tiny_job, "by-hand")
+    recipe = write_recipe(tiny_job, "by-hand", samples=["Who wrote this?", "Where do fish live?"], sample_tokens=8)
     workers = [machine.start(name, "serve-gpu", "--hub", url, "--threads", "1") for name in ("ada", "bob")]
     for worker in workers:  # both ask for work before there is any, so that each gets some
         worker.wait_for(lambda event: event["event"] == "serving")
@@ -28,6 +28,10 @@ def test_owner_and_two_workers_by_hand(machine: Machine, tiny_job: Path) -> None
         assert worker.stop() == 143
 
     assert [row["state"] for row in shown["rounds_done"]] == ["merged", "merged"]
+    assert [len(row["samples"]) for row in shown["evaluations"]] == [2, 2, 2]
+    text = machine.run("owner", "jobs", "show", "@last", hub=url).stdout.splitlines()
+    at = text.index("samples after round 2")
+    assert [text[at + 1], text[at + 3]] == ["  > Who wrote this?", "  > Where do fish live?"]
     assert machine.run("owner", "jobs", "ls", hub=url).stdout.startswith(job[:12])
     pulled = machine.run("owner", "pull", "by-hand", "-o", "adapter", hub=url)
     assert pulled.stdout.strip() == "adapter"
@@ -36,6 +40,9 @@ def test_owner_and_two_workers_by_hand(machine: Machine, tiny_job: Path) -> None
         "adapter_model.safetensors",
         "trainchain.json",
     }
+
+    told = json.loads((machine.root / "owner" / "adapter" / "trainchain.json").read_text(encoding="utf-8"))
+    assert [sample["answer"] for sample in told["samples"]] == shown["rounds_done"][1]["samples"]
 
     total = 0
     for name in ("ada", "bob"):

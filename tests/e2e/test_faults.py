@@ -1,5 +1,7 @@
 """Killed at the worst moment: a worker in mid-shard, the hub in mid-round. Real processes, real signals."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,52 @@ def test_killed_worker_costs_its_shard_and_nothing_else(machine: Machine, tiny_j
     assert len(view["workers"]) == 1
     bob.stop()
     _paid_once(machine, url, view, ("ada", "bob"))
+
+
+def test_killed_worker_that_comes_back_goes_on_from_its_last_segment(machine: Machine, tiny_job: Path) -> None:
+    _, url = machine.start_hub()
+    recipe = write_recipe(tiny_job, "worker-returns", rounds=1, shards=1, steps=320)
+    job = machine.answer("owner", "submit", str(recipe), "--yes", hub=url)["job"]
+    ada = machine.start("ada", "serve-gpu", "--threads", "1", hub=url)
+    ada.wait_for(lambda event: event["event"] == "step" and event["step"] > 100)
+
+    ada.kill()
+    again = machine.start("ada", "serve-gpu", "--threads", "1", "--shards", "1", hub=url)
+    accepted = again.wait_for(lambda event: event["event"] == "accepted")
+
+    assert 1 <= accepted["resumed"] < 8
+    assert again.process.wait(60) == 0
+    view = _watch(machine, url, job, "settled")
+    (shard,) = view["rounds_done"][0]["shards"]
+    assert len(shard["micro_tokens"]) == 8
+    alone = machine.answer("someone", "train", str(recipe), "--shard", "0", "--threads", "1")
+    assert alone["delta"] == shard["delta"], "one that was interrupted gives the bytes of one that was not"
+
+
+def test_killed_child_goes_on_under_the_same_lease_with_less_at_once(machine: Machine, tiny_job: Path) -> None:
+    _, url = machine.start_hub()
+    recipe = write_recipe(tiny_job, "child-dies", rounds=1, shards=1, steps=320)
+    job = machine.answer("owner", "submit", str(recipe), "--yes", hub=url)["job"]
+    ada = machine.start("ada", "serve-gpu", "--threads", "1", "--shards", "1", hub=url)
+    ada.wait_for(lambda event: event["event"] == "step" and event["step"] > 100)
+
+    (child,) = _children(ada.process.pid)
+    os.kill(child, signal.SIGKILL)
+    accepted = ada.wait_for(lambda event: event["event"] == "accepted")
+
+    usual = 2 * 96
+    (smaller,) = [event for event in ada.events if event["event"] == "smaller"]
+    assert (smaller["code"], smaller["micro_tokens"]) == ("train.child_died", usual // 2)
+    assert len([event for event in ada.events if event["event"] == "leased"]) == 1
+    (shard,) = machine.answer("owner", "jobs", "show", job, hub=url)["rounds_done"][0]["shards"]
+    resumed = accepted["resumed"]
+    assert shard["micro_tokens"] == [usual] * resumed + [usual // 2] * (8 - resumed)
+    assert 1 <= resumed < 8
+
+
+def _children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text(encoding="utf-8").split()]
 
 
 def test_killed_hub_goes_on_with_the_same_round(machine: Machine, tiny_job: Path) -> None:
