@@ -153,10 +153,14 @@ def _samples(view: dict[str, Any]) -> list[str]:
     if not asked:
         return []
     last = asked[-1]
-    lines = ["samples of the base" if last["round"] == 0 else f"samples after round {last['round']}"]
-    for prompt, answer in zip(view["samples"], last["samples"], strict=True):
-        lines += [_cut(f"  > {prompt}"), _cut(f"    {answer}")]
-    return lines
+    pairs = zip(view["samples"], last["samples"], strict=True)
+    head = "samples of the base" if last["round"] == 0 else f"samples after round {last['round']}"
+    return [head, *sample_lines([{"prompt": prompt, "answer": answer} for prompt, answer in pairs])]
+
+
+def sample_lines(samples: list[dict[str, str]]) -> list[str]:
+    """A line for each prompt and one for its answer, cut to a terminal's width."""
+    return [line for one in samples for line in (_cut(f"  > {one['prompt']}"), _cut(f"    {one['answer']}"))]
 
 
 def _cut(text: str) -> str:

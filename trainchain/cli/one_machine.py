@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainchain.cli import collect, owner, parent, wiring
+from trainchain.cli.jobs import sample_lines
 from trainchain.cli.output import Output
 from trainchain.cli.progress import Progress
 from trainchain.core import money
@@ -88,6 +89,7 @@ def run(recipe_path: Path, keep: Path | None, home: Path, workers: int, output: 
         escrow = _escrow(client, job_id)
         memory.forget()
     document = _document(view, claims, pulled, escrow, clock, workers, state)
+    document["samples"] = pulled["samples"]
     document["bytes"] = {
         "up": sum(up for up, _ in fleet.traffic.values()),
         "down": sum(down for _, down in fleet.traffic.values()),
@@ -346,6 +348,8 @@ def _say(document: Document, out: Output) -> None:
     before, after = document["loss_before"], document["loss_after"]
     if before is not None and after is not None:
         out.note(f"held-out loss {before:.4f} > {after:.4f} over {document['tokens']:,} tokens")
+    for line in sample_lines(document["samples"]):
+        out.note(line)
     for worker in document["workers"]:
         out.note(
             f"worker {wiring.short(worker['wallet'])}  {worker['accepted']} shards accepted  "
