@@ -11,7 +11,7 @@ from pydantic.functional_validators import BeforeValidator
 from trainchain.core.digests import canonical_json, sha256
 from trainchain.core.errors import TrainChainError
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_INT = 2**63 - 1
 MAX_ANSWER = 16384
 """Characters of an answer to a sample prompt that are kept."""
