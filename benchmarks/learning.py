@@ -58,7 +58,8 @@ class Plan:
         return {
             **asdict(self),
             **names,
-            "schedule": "cosine to zero after linear warm-up over the whole run, each side by its own code",
+            "schedule": "cosine to zero after linear warm-up over the whole run, each side by its own code: that of "
+            "transformers begins with a rate of zero, ours with the first part of the warm-up",
             "both": "AdamW (0.9, 0.999), no decay, clip 1.0, r 8, alpha 16, every linear layer but the head, fp32; "
             "same rows, same order, same start adapter; TRL on rows packed alike, without checkpointing",
             "tuning": f"the grid on seed 0, judged on held-out rows {self.held_out_rows} to "
