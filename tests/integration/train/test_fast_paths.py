@@ -4,17 +4,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.integration.train.conftest import Job
 from tests.integration.train.test_trainer import some_adapter
 from trainchain.core.train import fused
 from trainchain.core.train.head import ModelHead, TiledHead, _TiledLoss, select
-from trainchain.core.train.packed import _varlen, lay_out, micro_batch, split
+from trainchain.core.train.packed import _varlen, deal, lay_out, micro_batch, split
 from trainchain.core.train.trainer import Engine
 
 LEASE = "0x" + "ab" * 32
@@ -98,6 +101,49 @@ def test_any_split_gives_the_same_gradient(make_job: MakeJob, tokens: int) -> No
     assert off(model._gradients.double(), whole) < 1e-6
 
 
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=40), st.integers(1, 200), st.integers(1, 5), st.randoms())
+def test_rows_are_dealt_once_each_and_evenly(lengths: list[int], budget: int, hands: int, random: Random) -> None:
+    rows = list(range(len(lengths)))
+    random.shuffle(rows)
+
+    dealt = deal(lengths, rows, budget, hands)
+
+    groups = [group for hand in dealt for group in hand]
+    assert len(dealt) == hands
+    assert sorted(row for group in groups for row in group) == sorted(rows)
+    assert all(groups)
+    assert all(len(group) == 1 or sum(lengths[row] for row in group) <= budget for group in groups)
+    assert all(group == sorted(group, key=rows.index) for group in groups)
+    sums = [sum(lengths[row] for row in group) for group in groups]
+    assert max(sums) - min(sums) <= max(lengths)
+    assert deal(lengths, rows, budget, hands) == dealt
+
+
+@pytest.mark.parametrize("adapter_path", ["fused", "peft"])
+def test_lanes_are_one_model(make_job: MakeJob, adapter_path: str) -> None:
+    """Two threads, each through the whole model: the same mathematics, and the same bytes whoever is first."""
+    job = make_job(adapter_path=adapter_path, steps=6, segment_steps=2)
+    single = job.engine().train(job.start, 1, 0, LEASE)
+    engine = Engine(job.recipe, job.model, job.data, threads=2)
+    model = engine._adapted
+    loss = engine.evaluate(some_adapter(job))
+
+    results = [engine.train(job.start, 1, 0, LEASE) for _ in range(3)]
+    results.append(Engine(job.recipe, job.model, job.data, threads=2).train(job.start, 1, 0, LEASE))
+
+    assert model.lanes == 2
+    assert all(result.leaves == results[0].leaves for result in results)
+    assert results[0].losses == pytest.approx(single.losses, rel=1e-5)
+    assert "threads2" in results[0].numeric_class
+    assert loss == pytest.approx(job.engine().evaluate(some_adapter(job)), rel=1e-6)
+    mine, its = (lane.head._output.weight for lane in model._lanes)
+    assert mine is its
+    frozen = {id(parameter) for parameter in model.base.parameters() if not parameter.requires_grad}
+    twin = model._lanes[1].head._decoder
+    assert {id(parameter) for parameter in twin.parameters() if not parameter.requires_grad} <= frozen
+    assert Engine(job.recipe, job.model, job.data, threads=16)._adapted.lanes == 2
+
+
 def test_checkpointing_changes_no_bit(make_job: MakeJob) -> None:
     job = make_job()
     plain = job.engine().train(job.start, 1, 0, LEASE)
@@ -155,7 +201,7 @@ def test_the_last_layer_runs_where_somebody_scores(make_job: MakeJob) -> None:
         hook.remove()
         wanted = ModelHead(model.base).logits(batch)
 
-    assert isinstance(model._head, TiledHead)
+    assert isinstance(model._lanes[0].head, TiledHead)
     assert seen == [len(batch.labels)]
     assert len(batch.labels) < batch.tokens
     assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -271,7 +271,7 @@ def test_weight_decay_clip_and_schedule_are_the_recipes(make_job: MakeJob) -> No
     norms: list[float] = []
     step = engine._adapted.step
 
-    def watch(batches: Iterator[MicroBatch], targets: int, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def watch(batches: list[list[MicroBatch]], targets: int, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         found = step(batches, targets, rate)
         rates.append(rate)
         norms.append(float(engine._adapted._gradients.norm()))

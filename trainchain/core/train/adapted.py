@@ -4,10 +4,13 @@ All LoRA weights lie in one flat fp32 tensor, in the order of their names, and s
 moments: a step, a clip, a sum over processes and a snapshot are one operation each.
 """
 
+import copy
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -40,7 +44,7 @@ PROBE_TOKENS = 16
 class AdaptedModel:
     """The LoRA weights are fp32 and the only ones that train; the base has the recipe's precision."""
 
-    def __init__(self, recipe: ResolvedRecipe, model_dir: Path, *, checkpointing: bool = False) -> None:
+    def __init__(self, recipe: ResolvedRecipe, model_dir: Path, *, checkpointing: bool = False, lanes: int = 1) -> None:
         training, lora = recipe.training, recipe.lora
         self._training = training
         # With several processes Accelerate joins CPUs only when it is told to use them.
@@ -74,8 +78,10 @@ class AdaptedModel:
         self.begin({name: np.zeros(shape, np.float32) for name, shape in self.shapes.items()})
         if checkpointing:
             _checkpoint(self.base)
-        self._head: Head = ModelHead(self.base)
         self.adapter_path = "peft"
+        self._lanes = [_Lane(self, ModelHead(self.base), self._gradients)]
+        self._wanted_lanes = lanes
+        self._threads = ThreadPoolExecutor(lanes, "lane")
 
     def _flatten(self) -> None:
         named = {
@@ -110,7 +116,7 @@ class AdaptedModel:
         what = "The state"
         self._set(self._joined(state.w, what), self._joined(state.m, what), self._joined(state.v, what), state.t)
 
-    def _joined(self, tensors: Mapping[str, NDArray[np.float32]], what: str) -> torch.Tensor:
+    def _joined(self, tensors: Mapping[str, NDArray[np.float32]], what: str) -> Tensor:
         for name in sorted(self.shapes.keys() | tensors.keys()):
             mine, theirs = self.shapes.get(name), tensors[name].shape if name in tensors else None
             if mine != theirs:
@@ -120,7 +126,7 @@ class AdaptedModel:
         flat = np.concatenate([np.ravel(tensors[name]) for name in self.shapes]).astype(np.float32)
         return torch.from_numpy(flat).to(self.device)
 
-    def _set(self, w: torch.Tensor, m: torch.Tensor, v: torch.Tensor, t: int) -> None:
+    def _set(self, w: Tensor, m: Tensor, v: Tensor, t: int) -> None:
         training = self._training
         self._weights.data.copy_(w)
         self._gradients.zero_()
@@ -147,23 +153,29 @@ class AdaptedModel:
         """A copy of the LoRA weights as they are now."""
         return self._parted(self._weights)
 
-    def _parted(self, flat: torch.Tensor) -> dict[str, NDArray[np.float32]]:
+    def _parted(self, flat: Tensor) -> dict[str, NDArray[np.float32]]:
         array = flat.detach().cpu().numpy().copy()
         parts = np.split(array, list(itertools.accumulate(self._sizes))[:-1])
         return {name: part.reshape(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
-    def step(self, batches: Iterator[MicroBatch], targets: int, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def lanes(self) -> int:
+        """How many micro-batches are trained on at the same time."""
+        return len(self._lanes)
+
+    def step(self, batches: Sequence[Sequence[MicroBatch]], targets: int, rate: float) -> tuple[Tensor, Tensor]:
         """One update on the mean loss over a step's targets; the step's loss and gradient norm, on the device.
 
-        Several processes give each its share of the micro-batches; the sums are over all of them.
+        `batches` are those of each lane. Lanes, and then processes, are summed in their order: who is first
+        does not matter.
         """
         scale = LOSS_SCALE.get(self._training.precision, 1.0)
-        total = torch.zeros((), device=self.device)
-        self._gradients.zero_()
-        for batch in batches:
-            loss = self.loss_sum(batch) / targets
-            (loss * scale).backward()
-            total += loss.detach()
+        parts = zip(self._lanes, batches, strict=True)
+        futures = [self._threads.submit(_accumulate, lane, part, scale, targets) for lane, part in parts]
+        totals = [future.result() for future in futures]
+        total = functools.reduce(torch.add, totals)
+        for lane in self._lanes[1:]:
+            self._gradients.add_(lane.gradients)
         if self._accelerator.num_processes > 1:
             self._gradients.copy_(self._accelerator.reduce(self._gradients, "sum"))
             total = self._accelerator.reduce(total, "sum")
@@ -175,15 +187,21 @@ class AdaptedModel:
         self._optimizer.step()
         return total, norm
 
-    def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
+    def loss_sums(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """The summed loss of each micro-batch, without gradients."""
+        hands = [batches[place :: self.lanes] for place in range(self.lanes)]
+        found = list(self._threads.map(_losses, self._lanes, hands))
+        return [found[at % self.lanes][at // self.lanes] for at in range(len(batches))]
+
+    def loss_sum(self, batch: MicroBatch, lane: int = 0) -> Tensor:
         """The negative log-likelihood of all targets, summed in fp32, on the device."""
         with self.autocast():
-            return self._head.loss_sum(batch)
+            return self._lanes[lane].head.loss_sum(batch)
 
-    def logits(self, batch: MicroBatch) -> torch.Tensor:
+    def logits(self, batch: MicroBatch) -> Tensor:
         """(targets, vocabulary)."""
         with self.autocast():
-            return self._head.logits(batch)
+            return self._lanes[0].head.logits(batch)
 
     def autocast(self) -> Any:
         half = self._training.precision != "fp32"
@@ -216,32 +234,46 @@ class AdaptedModel:
         self._prove_head(batch, packed, 1e-4 if exact else 0.1)
         if self._training.adapter_path == "fused":
             self._prove_fused(batch, 1e-4 if exact else 0.1)
+        self._lanes += [self._another_lane() for _ in range(self._wanted_lanes - 1)]
 
-    def _alone(self, batch: MicroBatch) -> torch.Tensor:
+    def _alone(self, batch: MicroBatch) -> Tensor:
         """The second document's logits under the model's own attention, without the first."""
         ours = self.base.config._attn_implementation
         try:
             self.base.set_attn_implementation("eager")
             with self.autocast():
                 ids = batch.ids[:, batch.lengths[0] :]
-                found: torch.Tensor = self.base(input_ids=ids, use_cache=False).logits[0, :-1].float()
+                found: Tensor = self.base(input_ids=ids, use_cache=False).logits[0, :-1].float()
         finally:
             self.base.set_attn_implementation(ours)
         return found
 
-    def _prove_head(self, batch: MicroBatch, wanted: torch.Tensor, tolerance: float) -> None:
-        plain = self._head
+    def _another_lane(self) -> "_Lane":
+        """A second model on the same weights, with gradients of its own; only activations take memory anew."""
+        shared = [*self.base.parameters(), *fused.tensors(self.base)]
+        trained = {id(parameter) for parameter in self.base.parameters() if parameter.requires_grad}
+        twin = copy.deepcopy(self.base, {id(each): each for each in shared if id(each) not in trained})
+        gradients = torch.zeros_like(self._gradients)
+        for mine, its in zip(_trained(self.base), _trained(twin), strict=True):
+            offset = mine.data.storage_offset()
+            its.data = mine.data
+            its.grad = gradients[offset : offset + mine.numel()].view(mine.shape)
+        head = ModelHead(twin) if isinstance(self._lanes[0].head, ModelHead) else TiledHead(twin)
+        return _Lane(self, head, gradients)
+
+    def _prove_head(self, batch: MicroBatch, wanted: Tensor, tolerance: float) -> None:
+        plain = self._lanes[0].head
         try:
-            self._head = TiledHead(self.base)
+            self._lanes[0].head = TiledHead(self.base)
             with torch.no_grad():
                 found = self.logits(batch).float()
         except (TypeError, ValueError, AttributeError, NotImplementedError):
-            self._head = plain
+            self._lanes[0].head = plain
             return
         if found.shape != wanted.shape or not float((found - wanted).abs().max()) <= tolerance * float(
             wanted.abs().max()
         ):
-            self._head = plain
+            self._lanes[0].head = plain
 
     def _prove_fused(self, batch: MicroBatch, tolerance: float) -> None:
         random = np.random.default_rng(0)
@@ -258,10 +290,43 @@ class AdaptedModel:
         with torch.no_grad():
             self.loss_sum(batch)
 
-    def _gradient(self, batch: MicroBatch) -> torch.Tensor:
+    def _gradient(self, batch: MicroBatch) -> Tensor:
         self._gradients.zero_()
         self.loss_sum(batch).backward()
         return self._gradients.clone()
+
+
+@dataclass
+class _Lane:
+    """One of several ways through the model that run at the same time, each in a thread.
+
+    Two threads that share every matrix product wait for each other thousands of times a step; two lanes meet once.
+    """
+
+    model: AdaptedModel
+    head: Head
+    gradients: Tensor
+
+
+def _accumulate(lane: _Lane, batches: Sequence[MicroBatch], scale: float, targets: int) -> Tensor:
+    """The lane's part of a step: its gradient, and its loss."""
+    total = torch.zeros((), device=lane.gradients.device)
+    lane.gradients.zero_()
+    for batch in batches:
+        with lane.model.autocast():
+            loss = lane.head.loss_sum(batch) / targets
+        (loss * scale).backward()
+        total += loss.detach()
+    return total
+
+
+def _losses(lane: _Lane, batches: Sequence[MicroBatch]) -> list[Tensor]:
+    with torch.no_grad(), lane.model.autocast():
+        return [lane.head.loss_sum(batch) for batch in batches]
+
+
+def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _checkpoint(base: torch.nn.Module) -> None:

@@ -17,15 +17,18 @@ def count_held_out(documents: TokenizedData) -> Counts:
 
 
 def mean_loss(
-    loss_sum: Callable[[MicroBatch], torch.Tensor], documents: TokenizedData, *, device: torch.device, budget: int
+    loss_sums: Callable[[list[MicroBatch]], list[torch.Tensor]],
+    documents: TokenizedData,
+    *,
+    device: torch.device,
+    budget: int,
 ) -> float:
     """Mean negative log-likelihood per supervised token, in batches of at most `budget` tokens (or one row).
 
     Raises TrainChainError train.diverged when it is not a finite number.
     """
     groups = split(documents.lengths(), range(len(documents.ids)), budget)
-    with torch.no_grad():
-        sums = [loss_sum(micro_batch(documents, rows, device)) for rows in groups]
+    sums = loss_sums([micro_batch(documents, rows, device) for rows in groups])
     total = torch.stack(sums).cpu().double()
     if not torch.isfinite(total).all():
         raise TrainChainError("train.diverged", "The held-out loss is not a finite number.")

@@ -35,6 +35,18 @@ def detach(model: torch.nn.Module) -> None:
             module.__dict__.pop("forward", None)
 
 
+def tensors(model: torch.nn.Module) -> list[Tensor]:
+    """What groups of layers hold beside the layers' own weights."""
+    groups = {id(member._group): member._group for member in _members(model)}
+    held = [each for group in groups.values() for each in (group.weight, group.biases)]
+    return [each for each in held if each is not None]
+
+
+def _members(model: torch.nn.Module) -> "list[_Member]":
+    found = (vars(module).get("forward") for module in model.modules())
+    return [member for member in found if isinstance(member, _Member)]
+
+
 def _plain(layer: Any) -> bool:
     return type(layer.base_layer) in (torch.nn.Linear, Conv1D) and not any(layer.use_dora.values())
 
@@ -75,6 +87,7 @@ class _Group:
 
     def __init__(self, layers: Sequence[Any]) -> None:
         bases = [layer.base_layer for layer in layers]
+        self.weight: Tensor | None = None
         across = isinstance(bases[0], Conv1D)  # Conv1D keeps its weight as (in, out)
         with torch.no_grad():
             if len(bases) > 1 and not across:
@@ -82,8 +95,8 @@ class _Group:
                 parts = weight.split([base.weight.shape[0] for base in bases])
                 for base, part in zip(bases, parts, strict=True):
                     base.weight.data = part
-                self._weight = weight
-            self._biases = None if bases[0].bias is None else torch.cat([base.bias for base in bases])
+                self.weight = weight
+            self.biases = None if bases[0].bias is None else torch.cat([base.bias for base in bases])
         self._bases = bases
         self._across = across
         self._layers = layers
@@ -107,7 +120,7 @@ class _Group:
         ]
         scale = float(self._layers[0].scaling["default"])
         flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-        found = _Adapted.apply(flat, weight, self._biases, scale, *factors)
+        found = _Adapted.apply(flat, weight, self.biases, scale, *factors)
         outputs = found if isinstance(found, tuple) else (found,)
         return tuple(part.view(*x.shape[:-1], part.shape[-1]) for part in outputs)
 
@@ -116,7 +129,7 @@ class _Group:
         if self._across:
             found: Tensor = self._bases[0].weight.t()
             return found
-        return self._weight if len(self._bases) > 1 else self._bases[0].weight
+        return self.weight if self.weight is not None else self._bases[0].weight
 
 
 class _Member:

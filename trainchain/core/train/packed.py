@@ -5,6 +5,7 @@ on single tokens; attention runs on each document by itself, so no mask is built
 to the next.
 """
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,29 @@ def split(lengths: Sequence[int], rows: Sequence[int], budget: int) -> list[list
         groups[-1].append(row)
         room -= lengths[row]
     return groups
+
+
+def deal(lengths: Sequence[int], rows: Sequence[int], budget: int, hands: int) -> list[list[list[int]]]:
+    """The rows in groups of at most `budget` tokens (or one row), and for each of `hands` its groups.
+
+    All groups are about as long, so that nobody waits for another: the longest rows go first, each to the group
+    that is the shortest (LPT, Graham 1969). Within a group the rows keep their order.
+    """
+    place = {row: at for at, row in enumerate(rows)}
+    longest_first = sorted(rows, key=lambda row: (-lengths[row], place[row]))
+    total = sum(lengths[row] for row in rows)
+    count = hands * max(1, -(-total // (budget * hands)))
+    while True:
+        shortest = [(0, index) for index in range(min(count, len(rows)))]
+        groups: list[list[int]] = [[] for _ in shortest]
+        for row in longest_first:
+            filled, index = heapq.heappop(shortest)
+            groups[index].append(row)
+            heapq.heappush(shortest, (filled + lengths[row], index))
+        if all(len(group) == 1 or sum(lengths[row] for row in group) <= budget for group in groups):
+            ordered = [sorted(group, key=place.__getitem__) for group in groups]
+            return [ordered[hand::hands] for hand in range(hands)]
+        count += hands
 
 
 def _eager(

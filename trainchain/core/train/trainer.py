@@ -4,8 +4,10 @@ With the same numeric class a shard's result is the same to the last bit, whole,
 """
 
 import gc
+import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ from trainchain.core.train.device import memory_errors, numeric_class, set_modes
 from trainchain.core.train.evaluate import answers, count_held_out, mean_loss
 from trainchain.core.train.journal import Journal, Segment
 from trainchain.core.train.model import load_config, load_tokenizer
-from trainchain.core.train.packed import MicroBatch, micro_batch, split
+from trainchain.core.train.packed import MicroBatch, deal, micro_batch
 
 OnStep = Callable[[int, int, int, float], None]
 """(step, steps, tokens so far, loss of this step)."""
@@ -97,7 +99,8 @@ class Engine:
         self._data_paths = data_paths
         self._cache = cache
         self._held_out: TokenizedData | None = None
-        set_modes(threads, training.seed)
+        lanes = self._lanes(threads)
+        set_modes(max(1, threads // lanes), training.seed)
         self._tokenizer = load_tokenizer(model_dir)
         sources = [(self._path(dataset.file.sha256), dataset.format) for dataset in recipe.datasets]
         self._vocab_size = vocabulary(load_config(model_dir))
@@ -108,7 +111,7 @@ class Engine:
         self._order_lock = threading.Lock()
         self._helpers = ThreadPoolExecutor(2, "data")
         with memory_errors():
-            self._adapted = AdaptedModel(recipe, model_dir, checkpointing=checkpointing)
+            self._adapted = AdaptedModel(recipe, model_dir, checkpointing=checkpointing, lanes=lanes)
             self._adapted.prove(self.documents)
         processes = self._adapted.processes[1]
         path = self._adapted.adapter_path
@@ -181,7 +184,7 @@ class Engine:
         documents, model = self.held_out(), self._adapted
         with memory_errors():
             model.begin(self._nothing() if adapter is None else adapter)
-            return mean_loss(model.loss_sum, documents, device=model.device, budget=self.micro_tokens)
+            return mean_loss(model.loss_sums, documents, device=model.device, budget=self.micro_tokens)
 
     def samples(self, adapter: Adapter | None) -> list[str]:
         """The adapted model's answers to the recipe's prompts."""
@@ -280,7 +283,7 @@ class Engine:
         for number, batches in zip(steps, self._laid_out(plan, steps), strict=True):
             targets = sum(int(self.documents.supervised[row]) for row in plan.steps[number - 1])
             rate = learning_rate(self.recipe, round, number)
-            figures.append(torch.stack(self._adapted.step(iter(batches), targets, rate)))
+            figures.append(torch.stack(self._adapted.step(batches, targets, rate)))
             tokens += sum(self._lengths[row] for row in plan.steps[number - 1])
             now = time.monotonic()
             if on_step and (now - shown >= REPORT_SECONDS or number == self.recipe.steps):
@@ -307,17 +310,26 @@ class Engine:
                     "train.diverged", f"{where}: {name} is not finite after step {steps[-1]}.", hint=hint
                 )
 
-    def _laid_out(self, plan: _Plan, steps: range) -> Iterator[list[MicroBatch]]:
-        """This process's micro-batches of each step, laid out in another thread while the steps before train."""
-        waiting: list[Future[list[MicroBatch]]] = []
+    def _laid_out(self, plan: _Plan, steps: range) -> Iterator[list[list[MicroBatch]]]:
+        """This process's micro-batches of each step, by lane, laid out while the steps before train."""
+        waiting: deque[Future[list[list[MicroBatch]]]] = deque()
         following = iter(steps)
-        for number in steps:
+        for _ in steps:
             while len(waiting) <= AHEAD and (coming := next(following, None)) is not None:
                 waiting.append(self._helpers.submit(self._micro_batches, plan.steps[coming - 1]))
-            yield waiting.pop(0).result()
-            del number
+            yield waiting.popleft().result()
 
-    def _micro_batches(self, rows: Sequence[int]) -> list[MicroBatch]:
-        index, count = self._adapted.processes
-        groups = split(self._lengths, rows, self.micro_tokens)[index::count]
-        return [micro_batch(self.documents, group, self._adapted.device) for group in groups]
+    def _micro_batches(self, rows: Sequence[int]) -> list[list[MicroBatch]]:
+        (index, count), lanes = self._adapted.processes, self._adapted.lanes
+        hands = deal(self._lengths, rows, self.micro_tokens, lanes * count)[index * lanes :][:lanes]
+        device = self._adapted.device
+        return [[micro_batch(self.documents, group, device) for group in hand] for hand in hands]
+
+    def _lanes(self, threads: int) -> int:
+        """One for each thread of a CPU, as far as a step has micro-batches for them; one for a GPU."""
+        if torch.cuda.is_available() or torch.backends.mps.is_available():
+            return 1
+        training = self.recipe.training
+        together = int(os.environ.get("WORLD_SIZE", "1"))
+        whole = training.batch_size * training.sequence_len
+        return max(1, min(threads, -(-whole // (self.micro_tokens * together))))
