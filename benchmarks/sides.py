@@ -186,7 +186,8 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
 def overhead(spec: dict[str, Any]) -> dict[str, Any]:
     """Of every shard but the first on one resident engine: seconds to its first step, and all that is no step.
 
-    A step lasts from the first module called to the end of the last optimizer step.
+    A step lasts from the first module called after the step before to the end of the optimizer's step. States are
+    hashed and written as they are for a worker.
     """
     from torch.nn.modules.module import register_module_forward_pre_hook
     from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -197,20 +198,27 @@ def overhead(spec: dict[str, Any]) -> dict[str, Any]:
     adapter = read_adapter(Job(Path(spec["job"])).start)
     entered: list[float] = []
     left: list[float] = []
-    register_module_forward_pre_hook(lambda *_: entered.append(time.perf_counter()) if not entered else None)
+
+    def enter(*_: Any) -> None:
+        if len(entered) == len(left):
+            entered.append(time.perf_counter())
+
+    register_module_forward_pre_hook(enter)
     register_optimizer_step_post_hook(lambda *_: left.append(time.perf_counter()))
-    to_first: list[float] = []
-    outside: list[float] = []
+    found: dict[str, list[float]] = {"seconds_to_first_step": [], "seconds_outside_steps": [], "share_outside": []}
     for shard in range(engine.recipe.shards):
         entered.clear()
         left.clear()
         _synchronize()
         began = time.perf_counter()
-        engine.train(adapter, 1, shard, LEASE, lambda *_: None)
-        ended = time.perf_counter()
-        to_first.append(entered[0] - began)
-        outside.append(ended - began - (left[-1] - entered[0]))
-    return {"seconds_to_first_step": to_first[1:], "seconds_outside_steps": outside[1:]}
+        states = Path(spec["result"]).with_suffix(f".states-{shard}")
+        engine.train(adapter, 1, shard, LEASE, lambda *_: None, states=states)
+        seconds = time.perf_counter() - began
+        outside = seconds - sum(after - before for before, after in zip(entered, left, strict=True))
+        found["seconds_to_first_step"].append(entered[0] - began)
+        found["seconds_outside_steps"].append(outside)
+        found["share_outside"].append(100 * outside / seconds)
+    return {name: values[1:] for name, values in found.items()}
 
 
 def score(spec: dict[str, Any]) -> dict[str, Any]:

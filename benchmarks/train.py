@@ -23,20 +23,17 @@ from trainchain.core.errors import TrainChainError
 
 PACKAGES = ("trainchain", "torch", "transformers", "peft", "accelerate", "trl", "datasets", "numpy")
 LEARNING_RATE = 1e-3
-KEPT = 3
+KEPT = 2
 """TRL settings that run in every round, besides its default."""
 OURS = {"trainchain, fused path": "fused", "trainchain, peft path": "peft"}
-TARGETS = {
-    ("tiny", "fused"): 2.0,
-    ("tiny", "peft"): 1.4,
-    ("135m", "fused"): 1.25,
-    ("1b", "fused"): 1.3,
-    ("8b", "fused"): 1.15,
-}
+TARGETS = {("tiny", "fused"): 2.0, ("tiny", "peft"): 1.4, ("135m", "fused"): 1.25, ("1b", "fused"): 1.3}
+TARGETS |= {("8b", "fused"): 1.15}
 SHARE_TARGETS = {("8b", "fused"): 50.0}
 """Percent of the matrix product's peak."""
 OVERHEAD_LIMIT = 0.1
-OVERHEAD_STEPS = {"to the first step": 10, "no step": 1}
+OVERHEAD_STEPS = {"to the first step": 20, "no step": 1}
+LOSS_LIMIT = 1.0
+"""Percent of a shard that may go into anything but its steps."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ def _arguments() -> tuple[Plan, bool]:
     parser.add_argument("--overhead", action="store_true", help="measure only what a shard costs beside its steps")
     parser.add_argument("--threads", type=int, default=2, help="of every side (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--micro", type=int, default=2, help="sequences TrainChain takes at once (%(default)s)")
+    parser.add_argument("--micro", type=int, default=4, help="sequences TrainChain takes at once (%(default)s)")
     parser.add_argument("--attention", choices=("sdpa", "varlen"), default="sdpa", help="of TrainChain (%(default)s)")
     given = parser.parse_args()
     import torch
@@ -160,7 +157,7 @@ def _arguments() -> tuple[Plan, bool]:
     options = (given.threads, given.micro, given.attention, given.quick, cuda, length, given.rounds)
     plan = Plan(model, given.data.resolve(), given.shape, *options)
     if given.shape == "135m":
-        plan = replace(plan, batch=2, warm=1, measured=3)
+        plan = replace(plan, batch=2, micro=min(plan.micro, 2), warm=1, measured=3)
     if cuda:
         plan = replace(plan, product=8192)
     if given.quick:
@@ -177,13 +174,16 @@ def trl_settings(plan: Plan, documents: float) -> list[Variant]:
         layouts = {"packed": (1,), "padded": (1,)}
     common = {"side": "trl", "schedule": "constant", "warmup_steps": 0, "learning_rate": LEARNING_RATE}
     stock = common | {"layout": "padded", "micro": min(8, max(1, int(documents))), "stock": True}
-    return [Variant("TRL default", stock, same_rows=False, trl=True)] + [
+    # PyTorch's own default spins, which on a quiet machine is the faster way for threads that share each product.
+    waits = {False: "", True: ", spinning"} if plan.threads > 1 and not plan.cuda else {False: ""}
+    return [Variant("TRL default", stock | {"spins": plan.threads > 1}, same_rows=False, trl=True)] + [
         Variant(
-            f"TRL {names[layout]}, micro {micro}",
-            common | {"layout": layout, "micro": micro, "stock": False},
+            f"TRL {names[layout]}, micro {micro}{wait}",
+            common | {"layout": layout, "micro": micro, "stock": False, "spins": spins},
             same_rows=layout == "packed",
             trl=True,
         )
+        for spins, wait in waits.items()
         for layout, sizes in layouts.items()
         for micro in sizes
         if micro <= (plan.batch if layout == "packed" else documents)
@@ -199,8 +199,12 @@ def fastest(settings: Sequence[Variant], tried: Mapping[str, float]) -> list[Var
 
 
 def others(plan: Plan) -> list[Variant]:
+    spins = plan.threads > 1 and not plan.cuda
     loops = [
-        Variant(f"plain loop, micro {micro}", {"side": "plain", "micro": micro, "learning_rate": LEARNING_RATE})
+        Variant(
+            f"plain loop, micro {micro}" + (", spinning" if spins else ""),
+            {"side": "plain", "micro": micro, "learning_rate": LEARNING_RATE, "spins": spins},
+        )
         for micro in (1, 2)
     ]
     return loops + [
@@ -383,7 +387,9 @@ def overhead(plan: Plan, folder: Path) -> list[report.Figure]:
         else:
             name = f"resident shard of {steps} steps, to its first step beginning"
             figures.append(report.at_most(name, first, "s", OVERHEAD_LIMIT))
-            figures.append(report.Figure(f"resident shard of {steps} steps, all but its steps", round(outside, 4), "s"))
+            share = median(found["share_outside"])
+            name = f"resident shard of {steps} steps, all but its steps, states hashed and written"
+            figures.append(report.at_most(name, share, "%", LOSS_LIMIT))
     return figures
 
 

@@ -122,7 +122,7 @@ def test_rows_are_dealt_once_each_and_evenly(lengths: list[int], budget: int, ha
 @pytest.mark.parametrize("adapter_path", ["fused", "peft"])
 def test_lanes_are_one_model(make_job: MakeJob, adapter_path: str) -> None:
     """Two threads, each through the whole model: the same mathematics, and the same bytes whoever is first."""
-    job = make_job(adapter_path=adapter_path, steps=6, segment_steps=2)
+    job = make_job(adapter_path=adapter_path, steps=6, segment_steps=2, batch_size=8, micro_batch_size=8, rounds=1)
     single = job.engine().train(job.start, 1, 0, LEASE)
     engine = Engine(job.recipe, job.model, job.data, threads=2)
     model = engine._adapted
@@ -141,7 +141,8 @@ def test_lanes_are_one_model(make_job: MakeJob, adapter_path: str) -> None:
     frozen = {id(parameter) for parameter in model.base.parameters() if not parameter.requires_grad}
     twin = model._lanes[1].head._decoder
     assert {id(parameter) for parameter in twin.parameters() if not parameter.requires_grad} <= frozen
-    assert Engine(job.recipe, job.model, job.data, threads=16)._adapted.lanes == 2
+    assert Engine(job.recipe, job.model, job.data, threads=16)._adapted.lanes == 8 * 96 // 256
+    assert Engine(job.recipe, job.model, job.data, threads=16, micro_tokens=300)._adapted.lanes == 1
 
 
 def test_checkpointing_changes_no_bit(make_job: MakeJob) -> None:

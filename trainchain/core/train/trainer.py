@@ -4,7 +4,6 @@ With the same numeric class a shard's result is the same to the last bit, whole,
 """
 
 import gc
-import os
 import threading
 import time
 from collections import deque
@@ -44,6 +43,8 @@ OnStep = Callable[[int, int, int, float], None]
 """(step, steps, tokens so far, loss of this step)."""
 
 REPORT_SECONDS = 0.25
+LANE_TOKENS = 256
+"""Fewer tokens at a time do not fill the matrix products of a CPU's core."""
 AHEAD = 2
 """Steps whose micro-batches are laid out before they are needed."""
 
@@ -78,8 +79,9 @@ class _Plan:
 class Engine:
     """One job, loaded. One at a time in a process: it sets torch's global modes.
 
-    `micro_tokens` is how many tokens go through the model at once; by default micro_batch_size sequences. It
-    changes memory and last bits, not the mathematics. `checkpointing` trades time for memory, exactly.
+    `micro_tokens` is how many tokens go through the model at once, in all lanes together; by default
+    micro_batch_size sequences. It changes memory and last bits, not the mathematics. `checkpointing` trades time
+    for memory, exactly.
     """
 
     def __init__(
@@ -184,7 +186,7 @@ class Engine:
         documents, model = self.held_out(), self._adapted
         with memory_errors():
             model.begin(self._nothing() if adapter is None else adapter)
-            return mean_loss(model.loss_sums, documents, device=model.device, budget=self.micro_tokens)
+            return mean_loss(model.loss_sums, documents, device=model.device, budget=self.micro_tokens // model.lanes)
 
     def samples(self, adapter: Adapter | None) -> list[str]:
         """The adapted model's answers to the recipe's prompts."""
@@ -321,15 +323,12 @@ class Engine:
 
     def _micro_batches(self, rows: Sequence[int]) -> list[list[MicroBatch]]:
         (index, count), lanes = self._adapted.processes, self._adapted.lanes
-        hands = deal(self._lengths, rows, self.micro_tokens, lanes * count)[index * lanes :][:lanes]
+        hands = deal(self._lengths, rows, self.micro_tokens // lanes, lanes * count)[index * lanes :][:lanes]
         device = self._adapted.device
         return [[micro_batch(self.documents, group, device) for group in hand] for hand in hands]
 
     def _lanes(self, threads: int) -> int:
-        """One for each thread of a CPU, as far as a step has micro-batches for them; one for a GPU."""
+        """One for each thread of a CPU, as far as `micro_tokens` fills them; one for a GPU."""
         if torch.cuda.is_available() or torch.backends.mps.is_available():
             return 1
-        training = self.recipe.training
-        together = int(os.environ.get("WORLD_SIZE", "1"))
-        whole = training.batch_size * training.sequence_len
-        return max(1, min(threads, -(-whole // (self.micro_tokens * together))))
+        return max(1, min(threads, self.micro_tokens // LANE_TOKENS))
