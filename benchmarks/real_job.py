@@ -81,7 +81,7 @@ class Plan:
             "micro_batch_size": MICRO_BATCH,
             "gradient_accumulation_steps": ACCUMULATION,
             "learning_rate": self.learning_rate,
-            "warmup_steps": WARMUP_STEPS,
+            "shard_warmup_steps": WARMUP_STEPS,
             "max_grad_norm": CLIP,
             "adam_beta1": BETAS[0],
             "adam_beta2": BETAS[1],
