@@ -197,3 +197,19 @@ def test_data_is_tokenised_once_and_mapped(make_job: MakeJob, tmp_path: Path, mo
     assert second.evaluate(None) == loss
     assert isinstance(second.documents.ids[0].base, np.memmap | np.ndarray)
     assert not second.documents.ids[0].flags.writeable
+
+
+def test_the_next_shard_is_planned_while_this_one_trains(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(rounds=2, shards=2)
+    engine = job.engine()
+    planned: list[tuple[int, int]] = []
+    plan = engine._plan
+    monkeypatch.setattr(engine, "_plan", lambda *where: planned.append(where) or plan(*where))
+
+    results = {where: engine.train(job.start, *where, LEASE) for where in [(1, 0), (1, 1), (2, 1), (2, 0)]}
+
+    # (2, 1) was not the guess; (2, 0) was, and is still there when it comes
+    assert planned == [(1, 0), (1, 1), (2, 0), (2, 1), (2, 1)]
+    assert [result.leaves for where, result in results.items()] == [
+        make_job(rounds=2, shards=2).engine().train(job.start, *where, LEASE).leaves for where in results
+    ]
