@@ -113,7 +113,7 @@ def prepare(
     folder: Path, model: Path, data: Path, size: Size, training: Mapping[str, Any], held_out: Path | None = None
 ) -> Job:
     """Resolve the job as an owner's machine does, then set the fields of `training` in what was resolved."""
-    from trainchain.cli.owner import resolve
+    from trainchain.cli.plan import resolve
     from trainchain.core.digests import canonical_json
     from trainchain.core.models import Training
     from trainchain.core.train.data import data_order, load_documents

@@ -30,7 +30,19 @@ from trainchain.core.hub import cashier, rounds, schema
 from trainchain.core.hub.api import create_app
 from trainchain.core.hub.service import Hub
 from trainchain.core.hub.store import Store
-from trainchain.core.models import Counts, DataSet, FileRef, HeldOut, Lora, Merge, Pay, ResolvedRecipe, Training
+from trainchain.core.models import (
+    Access,
+    Base,
+    Counts,
+    DataSet,
+    FileRef,
+    HeldOut,
+    Lora,
+    Merge,
+    Pay,
+    ResolvedRecipe,
+    Training,
+)
 from trainchain.core.objects import ObjectStore
 from trainchain.core.rewards import job_price, round_cap
 from trainchain.core.settings import Settings
@@ -98,14 +110,17 @@ def recipe(
               for r in range(rounds)]  # fmt: skip
     held_out = None
     if "held-out.jsonl" in files:
-        dataset = DataSet(file=ref("held-out.jsonl", files["held-out.jsonl"]), format="text", rows=3)
+        dataset = DataSet(source=None, file=ref("held-out.jsonl", files["held-out.jsonl"]), format="text", rows=3)
         held_out = HeldOut(dataset=dataset, rows=3, tokens=40, supervised=30)
     values: dict[str, Any] = {
         "trainchain": 1,
         "name": "tiny",
-        "base_model": [ref("model.safetensors", files["model.safetensors"])],
-        "datasets": [DataSet(file=ref("train-0.jsonl", files["train-0.jsonl"]), format="text", rows=9)],
+        "base_model": Base(source=None, license=None, files=[ref("model.safetensors", files["model.safetensors"])]),
+        "datasets": [DataSet(source=None, file=ref("train-0.jsonl", files["train-0.jsonl"]), format="text", rows=9)],
         "held_out": held_out,
+        "access": Access(workers="anyone", keys=None),
+        "sealed": None,
+        "hub_model_id": None,
         "lora": Lora(r=2, alpha=4, targets=["layers.0.q_proj"], initial=ref("initial.safetensors", INITIAL)),
         "training": Training(
             sequence_len=64,

@@ -10,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainchain.core.digests import sha256, sha256_file
 from trainchain.core.models import (
+    Access,
+    Base,
     DataSet,
     FileRef,
     HeldOut,
@@ -142,9 +144,14 @@ def resolve_recipe(
     recipe = ResolvedRecipe(
         trainchain=1,
         name="tiny",
-        base_model=[file_ref(path) for path in sorted(model.iterdir())],
-        datasets=[DataSet(file=file_ref(data), format=facts.datasets[0].format, rows=facts.datasets[0].rows)],
+        base_model=Base(source=None, license=None, files=[file_ref(path) for path in sorted(model.iterdir())]),
+        datasets=[
+            DataSet(source=None, file=file_ref(data), format=facts.datasets[0].format, rows=facts.datasets[0].rows)
+        ],
         held_out=_held_out(held_out, facts),
+        access=Access(workers="anyone", keys=None),
+        sealed=None,
+        hub_model_id=None,
         lora=Lora(
             r=sizes["r"],
             alpha=2 * sizes["r"],
@@ -171,7 +178,7 @@ def _held_out(path: Path | None, facts: Inspection) -> HeldOut | None:
         return None
     found = facts.held_out
     return HeldOut(
-        dataset=DataSet(file=file_ref(path), format=found.file.format, rows=found.file.rows),
+        dataset=DataSet(source=None, file=file_ref(path), format=found.file.format, rows=found.file.rows),
         rows=found.rows,
         tokens=found.counts.tokens,
         supervised=found.counts.supervised,

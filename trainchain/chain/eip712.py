@@ -50,6 +50,8 @@ TYPES: dict[str, list[tuple[str, str]]] = {
         ("bytes32", "deltaHash"),
         ("uint128", "amount"),
     ],
+    # Who signs it can read what is wrapped for this X25519 key (core/seal.py).
+    "ExchangeKey": [("address", "account"), ("bytes32", "publicKey")],
     # The token's own type (ERC-2612); its domain names the token instead of the escrow.
     "Permit": [
         ("address", "owner"),

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainchain.cli import collect, owner, parent, wiring
+from trainchain.cli import collect, delivery, owner, parent, wiring
 from trainchain.cli.jobs import sample_lines
 from trainchain.cli.output import Output
+from trainchain.cli.plan import resolve
 from trainchain.cli.progress import Progress
 from trainchain.core import money
 from trainchain.core.errors import TrainChainError
@@ -57,7 +58,7 @@ def run(recipe_path: Path, keep: Path | None, home: Path, workers: int, output: 
     from trainchain.core.settings import Settings, private_folder
 
     clock = Clock()
-    plan = owner.resolve(recipe_path)
+    plan = resolve(recipe_path)
     out.note(plan.describe())
     target = output or Path(f"{plan.resolved.name}-lora")
     state = private_folder((keep or home / "runs" / plan.resolved.name).absolute())
@@ -85,7 +86,7 @@ def run(recipe_path: Path, keep: Path | None, home: Path, workers: int, output: 
         fleet.stop()
         with clock.on_chain():
             claims = [_claim(home, hub_url, out) for home in fleet.homes]
-        pulled = owner.fetch(client, job_id, target)
+        pulled = delivery.fetch(client, job_id, target)
         escrow = _escrow(client, job_id)
         memory.forget()
     document = _document(view, claims, pulled, escrow, clock, workers, state)

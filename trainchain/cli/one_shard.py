@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainchain.cli import owner
 from trainchain.cli.output import Output
+from trainchain.cli.plan import resolve
 from trainchain.core.errors import TrainChainError
 
 
@@ -47,12 +47,12 @@ def train(
         )
     if start is not None and not start.is_dir():
         raise TrainChainError("usage.file", f"--start: {start} is not a folder.", hint="Name a PEFT adapter's folder.")
-    plan = owner.resolve(recipe_path, cache)
+    plan = resolve(recipe_path, cache)
     out.note(plan.describe_work())
     folder = (output or Path(f"{asked.name}-round-{round_}-shard-{shard}")).absolute()
     initial = read_adapter(plan.initial)
     adapter = initial if start is None else alone.start_of(start, plan.resolved, plan.initial)
-    needed = {dataset.file.sha256 for dataset in plan.resolved.datasets}
+    needed = {dataset.file.sha256 for dataset in plan.resolved.datasets if dataset.file}
     data = {digest: path for digest, path in plan.files.items() if digest in needed}
     files = JobFiles(plan.resolved, folder / alone.RECIPE_FILE, plan.model_dir, data)
     count = threads or os.cpu_count() or 1

@@ -24,12 +24,12 @@ def pull(
       trainchain pull @last -o support-bot-lora
       trainchain pull 0x7f3a9c --round 3 --json
     """
-    from trainchain.cli import owner, wiring
+    from trainchain.cli import delivery, wiring
     from trainchain.core.settings import Settings
 
     out = Output(json_mode=json_)
     settings = Settings.load(home, hub)
     client = wiring.hub_client(settings)
     job_id = wiring.job_id_of(client, settings, job)
-    document = owner.fetch(client, job_id, output, round_=round_)
+    document = delivery.fetch(client, job_id, output, round_=round_)
     out.result(document["folder"], document)

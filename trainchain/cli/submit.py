@@ -26,11 +26,12 @@ def submit(
       trainchain submit recipe.yaml --yes --json
     """
     from trainchain.cli import owner
+    from trainchain.cli.plan import resolve
     from trainchain.core.settings import Settings
 
     out = Output(json_mode=json_)
     settings = Settings.load(home, hub)
-    plan = owner.resolve(recipe)
+    plan = resolve(recipe)
     out.note(plan.describe())
 
     def confirm(budget: int) -> None:

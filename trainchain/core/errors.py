@@ -48,6 +48,16 @@ CODES: dict[str, Reason] = {
     "recipe.invalid": Reason(422, 2, "A value in the recipe has the wrong type or is out of range."),
     "source.missing": Reason(422, 2, "A model folder or data file of the recipe does not exist."),
     "source.unsupported": Reason(422, 2, "The address of a model or data set is of a kind this version cannot read."),
+    "source.address": Reason(422, 2, "The address of a model or data set is not written as any kind known."),
+    "source.not_found": Reason(404, 1, "There is no such repository, or it is private and the token does not open it."),
+    "source.gated": Reason(403, 1, "The repository's terms have to be accepted before its files can be fetched."),
+    "source.token": Reason(401, 7, "The token or sign-in that was sent to a model hub is not accepted."),
+    "source.forbidden": Reason(403, 1, "The token or sign-in is accepted, but may not do that."),
+    "source.unavailable": Reason(503, 3, "A model hub did not answer, or is busy, after bounded retries."),
+    "source.incomplete": Reason(422, 1, "The source lacks a file that belongs to the model, or a part of one."),
+    "source.unsafe": Reason(422, 1, "The source has names, sizes or numbers of files that are not taken."),
+    "source.changed": Reason(409, 4, "A file of a pinned source is not the one that the job was published with."),
+    "source.needs_extra": Reason(422, 2, "A library for this kind of source is not installed."),
     "model.unreadable": Reason(422, 2, "The base model folder cannot be loaded as a model with safetensors weights."),
     "data.empty": Reason(422, 2, "A data set has no usable rows."),
     "data.format": Reason(422, 2, "A data row does not have the fields its format asks for."),
@@ -106,6 +116,19 @@ CODES: dict[str, Reason] = {
     "delta.not_finite": Reason(422, 1, "The delta holds NaN or infinity."),
     "delta.out_of_reach": Reason(422, 1, "An element moved further than the optimizer can move it in the shard."),
     "receipt.invalid": Reason(502, 4, "The hub's receipt is not signed by it, or promises another amount."),
+    # private jobs
+    "access.denied": Reason(403, 1, "The job does not admit this wallet."),
+    "access.not_your_hub": Reason(
+        409, 1, "The recipe wants its keys kept by a hub of the owner's own, and this is not one."
+    ),
+    "key.invalid": Reason(422, 4, "An exchange key, or a key wrapped for one, does not hold."),
+    "seal.broken": Reason(422, 4, "A sealed file does not open with its key: it is damaged, or another one."),
+    # publishing an adapter
+    "push.conflict": Reason(409, 3, "Somebody else changed the target while the adapter was pushed."),
+    # the worker's disk
+    "cache.full": Reason(507, 1, "What is needed does not fit the cap of the cache."),
+    "cache.damaged": Reason(422, 4, "Files in the cache are not what their names say."),
+    "disk.full": Reason(507, 1, "The disk has no room for what is needed."),
     # training
     "adapter.unfit": Reason(422, 2, "The adapter is not one of the recipe: of another base, rank, or set of modules."),
     "train.child_died": Reason(500, 1, "The training process ended without a result."),

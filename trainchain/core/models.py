@@ -6,12 +6,12 @@ Everything here is data: what a stranger sends is parsed into one of these or re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, StringConstraints, ValidationError
-from pydantic.functional_validators import BeforeValidator
+from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from trainchain.core.digests import canonical_json, sha256
 from trainchain.core.errors import TrainChainError
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_INT = 2**63 - 1
 MAX_ANSWER = 16384
 """Characters of an answer to a sample prompt that are kept."""
@@ -23,10 +23,21 @@ def _amount(value: object) -> object:
     return value
 
 
+def _inside(path: str) -> str:
+    parts = path.split("/")
+    if any(part in ("", ".", "..") or part != part.strip() for part in parts) or not path.isprintable():
+        raise ValueError("is not the plain path of a file inside its source")
+    return path
+
+
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Hash32 = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-f]{64}$")]
 Address = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-fA-F]{40}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")]
+SourcePath = Annotated[str, StringConstraints(max_length=512, pattern=r"^[^\\\\:*?\"<>|]+$"), AfterValidator(_inside)]
+"""Where a file lies in its source: names joined by slashes, none of them a way out."""
+PinnedSource = Annotated[str, StringConstraints(pattern=r"^(hf|azureml)://[\x21-\x7e]{1,1000}$")]
+"""A source's address with its revision fixed: `hf://org/name@<commit>`, `azureml://...versions/3`; core/sources."""
 JobName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")]
 Amount = Annotated[int, BeforeValidator(_amount), PlainSerializer(str, return_type=str), Field(ge=0, lt=2**128)]
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
@@ -40,20 +51,41 @@ class Model(BaseModel):
 
 
 class FileRef(Model):
-    """A file of the job: its plain name (never a path) and the bytes it must have."""
+    """A file of the job: its plain name (never a path) and the bytes it must have.
+
+    `path` is where it lies in its source; None for what the hub keeps under its digest.
+    """
 
     name: FileName
     sha256: Digest
     size: Count
+    path: SourcePath | None = None
+
+
+class Base(Model):
+    """The base model's files. `source` is where every worker fetches them; None where the hub has them from the owner.
+
+    In a sealed job the owner's own files are not named here but in `Sealed`.
+    """
+
+    source: PinnedSource | None
+    license: Annotated[str, Field(max_length=100)] | None
+    """As its source names it."""
+    files: list[FileRef]
 
 
 DataFormat = Literal["chat_template", "prompt_completion", "text"]
 
 
 class DataSet(Model):
-    """One jsonl file. `rows` counts its lines; `format` names the fields each line has."""
+    """One file, jsonl or parquet. `rows` counts its rows; `format` names the fields each has.
 
-    file: FileRef
+    `source` is where every worker fetches it; None where the hub has it from the owner. In a sealed job nobody is
+    given the file: `file` is None, and the rows are in the blocks.
+    """
+
+    source: PinnedSource | None
+    file: FileRef | None
     format: DataFormat
     rows: Positive
 
@@ -113,6 +145,34 @@ class HeldOut(Model):
     supervised: Positive
 
 
+class Access(Model):
+    """Who may train the job, and who gives out the keys of its sealed files (None: it has none)."""
+
+    workers: Literal["anyone", "owner"] | Annotated[list[Address], Field(min_length=1, max_length=10_000)]
+    keys: Literal["owner", "hub"] | None
+
+    def admits(self, wallet: str, owner: str) -> bool:
+        """Whether `wallet` may train or audit the job of `owner`."""
+        if isinstance(self.workers, str):
+            return self.workers == "anyone" or wallet.lower() == owner.lower()
+        return wallet.lower() in {address.lower() for address in self.workers}
+
+
+class Sealed(Model):
+    """What a private job is made of: ciphertexts (age), each under a key of its own, kept by the hub.
+
+    `blocks[round - 1][shard]` are the rows of that shard in the order they are trained in (core/train/blocks.py);
+    `base` are the owner's model files under their names, empty where the base has a source.
+    """
+
+    blocks: list[list[FileRef]]
+    held_out: FileRef | None
+    base: list[FileRef]
+
+    def files(self) -> list[FileRef]:
+        return [*(ref for row in self.blocks for ref in row), *([self.held_out] if self.held_out else []), *self.base]
+
+
 class Merge(Model):
     method: Literal["product-mean", "factor-mean"]
     encoding: Literal["fp32"]
@@ -134,9 +194,13 @@ class ResolvedRecipe(Model):
 
     trainchain: Literal[1]
     name: JobName
-    base_model: list[FileRef]
+    base_model: Base
     datasets: list[DataSet]
     held_out: HeldOut | None
+    access: Access
+    sealed: Sealed | None
+    hub_model_id: Annotated[str, Field(max_length=300)] | None
+    """Where the owner wants the merged adapter pushed: `hf://...` or `azureml:...`."""
     lora: Lora
     training: Training
     rounds: Positive
@@ -162,15 +226,26 @@ class ResolvedRecipe(Model):
 
     def only_held_out(self, digest: str) -> bool:
         """Whether a file serves to judge the job and for nothing else in it."""
-        if self.held_out is None or digest != self.held_out.dataset.file.sha256:
+        judges = [self.held_out.dataset.file] if self.held_out else []
+        judges += [self.sealed.held_out] if self.sealed else []
+        if all(ref is None or ref.sha256 != digest for ref in judges):
             return False
-        return all(digest != ref.sha256 for ref in [*self.base_model, *(data.file for data in self.datasets)])
+        blocks = [*self.sealed.base, *(ref for row in self.sealed.blocks for ref in row)] if self.sealed else []
+        others = [*self.base_model.files, *(data.file for data in self.datasets), *blocks]
+        return all(ref is None or ref.sha256 != digest for ref in others)
+
+    @property
+    def private(self) -> bool:
+        """Whether the job's adapters and deltas are for its owner and its workers alone."""
+        return self.access.keys is not None
 
     def files(self) -> list[FileRef]:
-        """Every object the job needs, each once."""
-        held_out = [self.held_out.dataset.file] if self.held_out else []
-        every = [*self.base_model, *(d.file for d in self.datasets), *held_out, self.lora.initial]
-        return list({ref.sha256: ref for ref in every}.values())
+        """Every object of the job that its owner uploads to the hub, each once."""
+        data = [*self.datasets, *([self.held_out.dataset] if self.held_out else [])]
+        every = list(self.base_model.files) if self.base_model.source is None else []
+        every += [entry.file for entry in data if entry.file is not None and entry.source is None]
+        every += self.sealed.files() if self.sealed else []
+        return list({ref.sha256: ref for ref in [*every, self.lora.initial]}.values())
 
 
 class Lease(Model):

@@ -14,7 +14,7 @@ from pydantic.functional_validators import BeforeValidator
 
 from trainchain.core import money
 from trainchain.core.errors import TrainChainError
-from trainchain.core.models import DataFormat
+from trainchain.core.models import Address, DataFormat
 
 MAX_BYTES = 1 << 20
 MAX_STEPS = 100_000
@@ -60,8 +60,6 @@ INSTEAD = {  # known words that mean something else here: why, and what to write
 LATER = {  # known words that this version does not honour: refused, since money depends on the recipe's meaning
     "check": "checking by replay",
     "gate": "gates",
-    "access": "access lists",
-    "hub_model_id": "pushing to a model hub",
     "num_epochs": "counting in epochs (write rounds, shards and steps)",
     "val_set_size": "splitting a held-out set off (name a file under test_datasets)",
     "lora_modules_to_save": "whole modules beside the adapter",
@@ -125,6 +123,17 @@ class PayEntry(_Strict):
     activation_delay: Seconds = 0
 
 
+class AccessEntry(_Strict):
+    workers: Literal["anyone", "owner"] | Annotated[list[Address], Field(min_length=1, max_length=10_000)] = "anyone"
+    keys: Literal["owner", "hub"] | None = None
+    """Who keeps the keys of the sealed data: a hub of the owner's own, or the hub that the job is published at. Left
+    out: owner where not anyone may work, else nothing is sealed."""
+
+    @property
+    def holder(self) -> Literal["owner", "hub"] | None:
+        return self.keys or (None if self.workers == "anyone" else "owner")
+
+
 class Recipe(_Strict):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")]
     base_model: str
@@ -164,6 +173,9 @@ class Recipe(_Strict):
     round_deadline: Seconds = 30 * 60
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.75
     merge: MergeEntry = MergeEntry()
+    access: AccessEntry = AccessEntry()
+    hub_model_id: Annotated[str, Field(min_length=1, max_length=300)] | None = None
+    """Where the merged adapter is pushed: `me/name` or `hf://me/name` on Hugging Face, or `azureml:name`."""
     samples: Annotated[list[Prompt], Field(max_length=16)] = []
     sample_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
     pay: PayEntry
@@ -327,6 +339,7 @@ def _unknown_key(line: str, keys: list[str]) -> TrainChainError:
             "merge": MergeEntry,
             "datasets": DataEntry,
             "test_datasets": HeldOutEntry,
+            "access": AccessEntry,
         }
         owner = parents.get(keys[0], Recipe)
     near = OTHER_TOOLS.get(key) if len(keys) == 1 else None

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trainchain.cli import owner
+from trainchain.cli.plan import Plan, resolve
 from trainchain.core.errors import TrainChainError
 
 QUICKSTART = Path(__file__).parents[3] / "recipes" / "quickstart"
@@ -22,10 +22,10 @@ KEYS: dict[str, Any] = {
 }
 
 
-def plan(folder: Path, **changes: Any) -> owner.Plan:
+def plan(folder: Path, **changes: Any) -> Plan:
     path = folder / "recipe.yaml"
     path.write_text(json.dumps({**KEYS, **changes}), encoding="utf-8")
-    return owner.resolve(path, folder / "cache")
+    return resolve(path, folder / "cache")
 
 
 def test_a_recipe_of_few_words_is_pinned_with_the_defaults(tmp_path: Path) -> None:

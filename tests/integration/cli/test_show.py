@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.fixtures_hub import Person, Town
-from trainchain.cli import owner
+from trainchain.cli import delivery
 from trainchain.cli.jobs import WIDTH, describe
 
 PROMPTS = ["Who wrote this?", "Where do " + "fish " * 30 + "live?"]
@@ -39,7 +39,7 @@ def test_samples_are_shown_one_line_each_and_pulled_whole(town: Town, tmp_path: 
 
     lines = describe(job.view()).splitlines()
     client = worker.client()
-    pulled = owner.fetch(client, job.id, tmp_path / "adapter")
+    pulled = delivery.fetch(client, job.id, tmp_path / "adapter")
     client.close()
 
     assert "samples of the base\n  > Who wrote this?\n    hm\n" in before
@@ -65,5 +65,5 @@ def test_a_job_without_prompts_shows_none(town: Town, anna: Person, tmp_path: Pa
     client = anna.client()
 
     assert "samples" not in describe(job.view())
-    assert owner.fetch(client, job.id, tmp_path / "adapter")["samples"] == []
+    assert delivery.fetch(client, job.id, tmp_path / "adapter")["samples"] == []
     client.close()

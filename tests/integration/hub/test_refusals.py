@@ -24,6 +24,7 @@ from trainchain.core.errors import CODES
 from trainchain.core.hub import schema
 from trainchain.core.hub.api import SIGNED_BODY
 from trainchain.core.hub.service import LEASE_SECONDS
+from trainchain.core.models import Base
 
 CAP = delta_cap(SHAPES)
 FIRST, *_, LAST = sorted(SHAPES)
@@ -572,7 +573,7 @@ def test_a_loss_that_is_no_number_is_refused(case: Case) -> None:
         {"quorum": 1.5},
         {"rounds": 3},
         {"shards": 7},
-        {"base_model": []},
+        {"base_model": Base(source=None, license=None, files=[])},
         {"counts": []},
         {"name": "../../etc"},
         {"name": "\x1b[31mred"},

@@ -10,7 +10,7 @@ from sqlalchemy import delete, update
 from tests.fixtures_hub import COIN, INITIAL, Job, Person, Town
 from trainchain.chain.escrow import ChainClient
 from trainchain.chain.settlement import check_against_chain, proof_for, read_leaves
-from trainchain.cli import collect, owner, wiring
+from trainchain.cli import collect, delivery, wiring
 from trainchain.core import merge
 from trainchain.core.adapter import adapter_bytes, read_adapter
 from trainchain.core.digests import sha256
@@ -86,10 +86,10 @@ def test_pulling_gives_the_last_merged_adapter(town: Town, anna: Person, tmp_pat
     client = anna.client()
 
     with pytest.raises(TrainChainError) as early:
-        owner.fetch(client, job.id, tmp_path / "early")
+        delivery.fetch(client, job.id, tmp_path / "early")
     finish(job, anna)
-    pulled = owner.fetch(client, job.id, tmp_path / "adapter")
-    first = owner.fetch(client, job.id, tmp_path / "first", round_=1)
+    pulled = delivery.fetch(client, job.id, tmp_path / "adapter")
+    first = delivery.fetch(client, job.id, tmp_path / "first", round_=1)
     client.close()
 
     assert early.value.code == "job.not_ready"

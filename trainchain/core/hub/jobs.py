@@ -83,7 +83,7 @@ def _check(recipe: ResolvedRecipe) -> None:
     """What the types cannot say of a resolved recipe. Raises `job.invalid`, `money.budget_too_small`."""
     if len(recipe.counts) != recipe.rounds or any(len(row) != recipe.shards for row in recipe.counts):
         raise TrainChainError("job.invalid", "The counts do not fit rounds x shards.")
-    if not recipe.base_model or len(recipe.files()) > MAX_FILES:
+    if not (recipe.base_model.files or (recipe.sealed and recipe.sealed.base)) or len(recipe.files()) > MAX_FILES:
         raise TrainChainError("job.invalid", f"A job has from one to {MAX_FILES} files.")
     if any(ref.size > MAX_OBJECT for ref in recipe.files()):
         raise TrainChainError("job.invalid", "A file of the job is larger than 1 TiB.")

@@ -19,7 +19,7 @@ import torch
 from trainchain.core.adapter import Adapter, adapter_bytes, delta
 from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
-from trainchain.core.models import Counts, ResolvedRecipe
+from trainchain.core.models import Counts, FileRef, ResolvedRecipe
 from trainchain.core.schedule import learning_rate
 from trainchain.core.segments import State, leaf, segment_ends, state_root
 from trainchain.core.train.adapted import AdaptedModel
@@ -104,7 +104,7 @@ class Engine:
         lanes = self._lanes(threads)
         set_modes(max(1, threads // lanes), training.seed)
         self._tokenizer = load_tokenizer(model_dir)
-        sources = [(self._path(dataset.file.sha256), dataset.format) for dataset in recipe.datasets]
+        sources = [(self._path(dataset.file), dataset.format) for dataset in recipe.datasets]
         self._vocab_size = vocabulary(load_config(model_dir))
         self.documents = self._load(sources)
         self._lengths = self.documents.lengths()
@@ -205,7 +205,7 @@ class Engine:
         if held_out is None:
             raise TrainChainError("data.empty", "The job has no held-out data to evaluate on.")
         if self._held_out is None:
-            source = (self._path(held_out.dataset.file.sha256), held_out.dataset.format)
+            source = (self._path(held_out.dataset.file), held_out.dataset.format)
             found = self._load([source], held_out.rows)
             counted = count_held_out(found)
             pinned = Counts(rows=counted.rows, tokens=held_out.tokens, supervised=held_out.supervised)
@@ -226,10 +226,10 @@ class Engine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _path(self, digest: str) -> Path:
-        if digest not in self._data_paths:
-            raise TrainChainError("source.missing", f"The data file {digest} was not handed over.")
-        return self._data_paths[digest]
+    def _path(self, file: FileRef | None) -> Path:
+        if file is None or file.sha256 not in self._data_paths:
+            raise TrainChainError("source.missing", f"The data file {file and file.sha256} was not handed over.")
+        return self._data_paths[file.sha256]
 
     def _load(self, sources: Sources, limit: int | None = None) -> TokenizedData:
         length = self.recipe.training.sequence_len

@@ -61,11 +61,11 @@ class Cache:
         recipe = parse(ResolvedRecipe, path.read_bytes(), code="job.invalid", what=f"The recipe of {job_id}")
         if recipe.spec_hash != spec_hash:
             raise TrainChainError("object.digest", f"The recipe of {job_id} is not in its canonical form.")
-        files = [dataset.file for dataset in recipe.datasets]
-        if held_out and recipe.held_out is not None:
+        files = [dataset.file for dataset in recipe.datasets if dataset.file]
+        if held_out and recipe.held_out is not None and recipe.held_out.dataset.file:
             files.append(recipe.held_out.dataset.file)
         data = {ref.sha256: self.object(client, ref.sha256, ref.size) for ref in files}
-        return JobFiles(recipe, path, self._model(client, recipe.base_model), data)
+        return JobFiles(recipe, path, self._model(client, recipe.base_model.files), data)
 
     def _model(self, client: HubClient, files: list[FileRef]) -> Path:
         """A folder that holds the base's files under their names and nothing else."""
