@@ -206,10 +206,23 @@ def _check_unicode(text: str, where: str) -> None:
         raise ValueError(f"has \\u{ord(text[error.start]):04x}, half a character, in {where}") from None
 
 
-def bad_row(path: Path, line: int, what: str, hint: str = "") -> TrainChainError:
+class BadRow(ValueError):
+    """What is wrong with a row, continuing a sentence that begins with its place, and what to do about it."""
+
+    def __init__(self, what: str, hint: str = "") -> None:
+        super().__init__(what)
+        self.hint = hint
+
+
+def place_of(path: Path, row: int) -> str:
+    """How a row is named to people."""
+    return f"{path.name} line {row}"
+
+
+def bad_row(path: Path, line: int, what: str | ValueError, hint: str = "") -> TrainChainError:
     """The error that names file and line; `what` continues the sentence."""
-    hint = hint or "Correct that line, or give `type:` the format that the file has."
-    return TrainChainError("data.format", f"{path.name} line {line} {what}.", hint=hint, file=path.name, line=line)
+    hint = hint or getattr(what, "hint", "") or "Correct that line, or give `type:` the format that the file has."
+    return TrainChainError("data.format", f"{place_of(path, line)} {what}.", hint=hint, file=path.name, line=line)
 
 
 def unreadable(path: Path, error: OSError) -> TrainChainError:
