@@ -15,16 +15,16 @@ from trainchain.core.errors import TrainChainError
 from trainchain.core.models import Counts, DataFormat, ResolvedRecipe
 from trainchain.core.sharding import DataOrder, Epoch
 from trainchain.core.train.arrays import ArrayWriter, Facts, Kinds, open_arrays
-from trainchain.core.train.rows import Document, Encoder, bad_row, encoder, read_batches, unreadable
+from trainchain.core.train.rows import Document, Encoder, bad_row, encoder, place_of, read_batches, unreadable
 from trainchain.core.train.tokenized import KINDS, Collector, Parts, Place
 from trainchain.core.train.tokenized import TokenizedData as TokenizedData
 
 log = logging.getLogger(__name__)
 
 Sources = Sequence[tuple[Path, DataFormat]]
-"""jsonl files with their formats."""
+"""Data files with their formats."""
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised when the same rows become other documents; in every key of a cache."""
 ORDER: Kinds = {"rows": np.int32, "starts": np.int32}
 KEPT_ORDER = 20_000
@@ -64,7 +64,7 @@ def load_documents(
         found = TokenizedData(parts.joined(), facts["rows"])
     for (path, _), rows in zip(sources, found.source_rows, strict=True):
         if not rows:
-            raise TrainChainError("data.empty", f"{path.name} has no rows.", hint="It needs one JSON object a line.")
+            raise TrainChainError("data.empty", f"{path.name} has no rows.", hint="Check what wrote the file.")
     if not len(found):
         raise _teaches_nothing(sources, found, sequence_len)
     return found
@@ -140,7 +140,7 @@ def _documents(path: Path, encode: Encoder, limit: int | None) -> Iterator[tuple
             try:
                 (document,) = encode([row])
             except ValueError as error:
-                raise bad_row(path, line, str(error)) from None
+                raise bad_row(path, line, error) from None
             yield line, document
 
 
@@ -151,7 +151,7 @@ def _check_ids(path: Path, line: int, ids: Sequence[Any], tokenizer: Any, vocab_
     if vocab_size is not None and token >= vocab_size:
         raise TrainChainError(
             "model.unreadable",
-            f"{path.name} line {line} has the token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), but the "
+            f"{place_of(path, line)} has the token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), but the "
             f"base model knows only the {vocab_size} tokens below {vocab_size}.",
             hint="The tokenizer in the model folder is not the model's own, or has tokens added; leave those out.",
             file=path.name,
@@ -166,7 +166,7 @@ def vocabulary(config: Any) -> int | None:
 
 
 def name_rows(sources: Sequence[tuple[Path, object]], places: Sequence[Place]) -> list[str]:
-    return [f"{sources[place.source][0].name} line {place.line}" for place in places]
+    return [place_of(sources[place.source][0], place.line) for place in places]
 
 
 def _teaches_nothing(sources: Sources, documents: TokenizedData, sequence_len: int) -> TrainChainError:
