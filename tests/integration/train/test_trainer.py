@@ -14,7 +14,7 @@ from trainchain.core.errors import TrainChainError
 from trainchain.core.models import Counts
 from trainchain.core.schedule import learning_rate
 from trainchain.core.segments import proof, start_leaf, verify
-from trainchain.core.train.data import TokenizedData, shard_batches
+from trainchain.core.train.data import TokenizedData, data_order, shard_batches
 from trainchain.core.train.packed import MicroBatch, micro_batch
 
 LEASE = "0x" + "ab" * 32
@@ -123,7 +123,7 @@ def test_one_shard_is_one_hand_written_loop(make_job: MakeJob, tmp_path: Path) -
     parameters = [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
     training = job.recipe.training
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
-    for number, step in enumerate(shard_batches(job.recipe, engine._order, 1, 0), 1):
+    for number, step in enumerate(shard_batches(job.recipe, data_order(job.recipe, engine.documents), 1, 0), 1):
         rows = [row for sequence in step for row in sequence]
         optimizer.param_groups[0]["lr"] = learning_rate(job.recipe, 1, number)
         targets = sum(engine.documents.supervised[row] for row in rows)

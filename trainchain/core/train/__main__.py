@@ -4,19 +4,25 @@ Reads one JSON request a line on stdin and writes one JSON event a line on stdou
 stdin is open: when the parent goes, however it goes, the child goes too, even in the middle of a step.
 
 With several processes the first starts the others, hands every request on to them, and speaks for all.
+
+What of a sealed job comes with its key is opened in memory, and of no such request is anything shown but codes.
 """
 
 import argparse
+import errno
 import json
 import logging
 import os
 import queue
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,21 +64,23 @@ class Child:
     def _open(self, request: dict[str, Any]) -> dict[str, Any]:
         from trainchain.core.train.trainer import Engine
 
-        recipe = parse(ResolvedRecipe, Path(request["recipe"]).read_bytes(), code="job.invalid", what="The recipe")
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-        paths = {digest: Path(path) for digest, path in request["data"].items()}
-        cache = request.get("cache")
-        self._engine = Engine(
-            recipe,
-            Path(request["model_dir"]),
-            paths,
-            threads=self._threads,
-            cache=None if cache is None else Path(cache),
-            checkpointing=bool(request.get("checkpointing")),
-            micro_tokens=request.get("micro_tokens"),
-        )
+        with _model_folder(request) as model_dir:
+            recipe = parse(ResolvedRecipe, Path(request["recipe"]).read_bytes(), code="job.invalid", what="The recipe")
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
+            paths = {digest: Path(path) for digest, path in request["data"].items()}
+            cache = request.get("cache")
+            self._engine = Engine(
+                recipe,
+                model_dir,
+                paths,
+                threads=self._threads,
+                cache=None if cache is None else Path(cache),
+                checkpointing=bool(request.get("checkpointing")),
+                micro_tokens=request.get("micro_tokens"),
+                volatile=bool(request.get("unseal")),
+            )
         return {"event": "ready", "numeric_class": self._engine.numeric_class}
 
     def _train(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +96,7 @@ class Child:
             request["lease"],
             on_step,
             states=None if states is None else Path(states),
+            block=_unsealed(request),
         )
         out = Path(request["out"])
         if engine.leads:
@@ -113,7 +122,7 @@ class Child:
         judged = engine.recipe.held_out is not None
         return {
             "event": "done",
-            "loss": engine.evaluate(adapter) if judged else None,
+            "loss": engine.evaluate(adapter, held_out=_unsealed(request)) if judged else None,
             "tokens": int(sum(engine.held_out().supervised)) if judged else 0,
             "samples": engine.samples(adapter),
         }
@@ -122,6 +131,44 @@ class Child:
         if self._engine is None:
             raise TrainChainError("job.not_ready", "No job is open.", hint='Send {"op": "open", ...} first.')
         return self._engine
+
+
+@contextmanager
+def _model_folder(request: Mapping[str, Any]) -> Iterator[Path]:
+    """Where the base model is; a sealed one is there only within, in a folder of this process alone."""
+    unseal = request.get("unseal")
+    if not unseal:
+        yield Path(request["model_dir"])
+        return
+    from trainchain.core import seal
+
+    parent = Path(unseal["folder"])
+    folder = parent / f"base-{os.environ.get('RANK', '0')}"
+    try:
+        folder.mkdir(mode=0o700, parents=True)
+        for file in unseal["files"]:
+            seal.unseal_into(Path(file["path"]), file["identity"], folder / Path(file["name"]).name)
+        yield folder
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise TrainChainError(
+            "disk.full", f"{parent} has no room for the job's private base model.", hint="Free memory or disk space."
+        ) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # the other processes' folders are there still
+            parent.rmdir()
+
+
+def _unsealed(request: Mapping[str, Any]) -> bytes | None:
+    """What comes sealed with a request, in memory."""
+    block = request.get("block")
+    if block is None:
+        return None
+    from trainchain.core import seal
+
+    return seal.unseal(Path(block["path"]), block["identity"])
 
 
 def main() -> None:
@@ -144,15 +191,22 @@ def main() -> None:
             assert other.stdin is not None
             other.stdin.write(line)
             other.stdin.flush()
+        request: dict[str, Any] = {}
         try:
-            emit(child.handle(json.loads(line)))
+            request = json.loads(line)
+            emit(child.handle(request))
         except TrainChainError as error:
             emit({"event": "error", "code": error.code, "message": error.message, "hint": error.hint})
             if error.code == "train.out_of_memory" or arguments.processes > 1:
                 os._exit(1)
         except Exception as error:
-            logging.exception("the request failed")
-            message = f"{type(error).__name__}: {error}"[:500]
+            message = type(error).__name__
+            if "block" in request or "unseal" in request:  # the library's words may be a row's
+                where = "".join(traceback.format_tb(error.__traceback__))
+                logging.error("the request failed with %s\n%s", message, where)
+            else:
+                logging.exception("the request failed")
+                message = f"{message}: {error}"[:500]
             emit({"event": "error", "code": "train.child_died", "message": message, "hint": ""})
             os._exit(1)
 

@@ -32,7 +32,7 @@ from trainchain.core.train import fused
 from trainchain.core.train.data import TokenizedData
 from trainchain.core.train.device import check_device
 from trainchain.core.train.head import Head, ModelHead, TiledHead
-from trainchain.core.train.model import load_model
+from trainchain.core.train.model import leave_files, load_model
 from trainchain.core.train.packed import ATTENTION, MicroBatch, lay_out
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,7 +44,15 @@ PROBE_TOKENS = 16
 class AdaptedModel:
     """The LoRA weights are fp32 and the only ones that train; the base has the recipe's precision."""
 
-    def __init__(self, recipe: ResolvedRecipe, model_dir: Path, *, checkpointing: bool = False, lanes: int = 1) -> None:
+    def __init__(
+        self,
+        recipe: ResolvedRecipe,
+        model_dir: Path,
+        *,
+        checkpointing: bool = False,
+        lanes: int = 1,
+        volatile: bool = False,
+    ) -> None:
         training, lora = recipe.training, recipe.lora
         self._training = training
         # With several processes Accelerate joins CPUs only when it is told to use them.
@@ -58,6 +66,8 @@ class AdaptedModel:
             attention=ATTENTION[training.attention],
             quantization=training.quantization,
         )
+        if volatile:
+            leave_files(base)
         modules = dict(base.named_modules())
         config = LoraConfig(
             r=lora.r,

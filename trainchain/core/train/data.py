@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,22 @@ LAYOUT = 2
 ORDER: Kinds = {"rows": np.int32, "starts": np.int32}
 KEPT_ORDER = 20_000
 """The fewest documents whose order is kept: fewer are sorted faster than files are opened."""
+
+
+STAND_IN = ("The sky is blue, and fish live in the sea.", "Nobody wrote this: it was made by a machine.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained in a shard: per step rows of the documents, whose lengths come along.
+
+    Without the packed sequences' bounds, which matter to nobody who trains.
+    """
+
+    documents: TokenizedData
+    lengths: list[int]
+    steps: list[list[int]]
+    counts: Counts
 
 
 def load_documents(
@@ -212,6 +229,19 @@ def shard_batches(recipe: ResolvedRecipe, order: DataOrder, round: int, shard: i
     """
     batch_size = recipe.training.batch_size
     return order.shard(round, shard, shards=recipe.shards, steps=recipe.steps, batch_size=batch_size)
+
+
+def plan_shard(documents: TokenizedData, lengths: list[int], batches: Sequence[Sequence[Sequence[int]]]) -> Plan:
+    """The plan of the packed sequences that `shard_batches` gives."""
+    rows = [[row for sequence in step for row in sequence] for step in batches]
+    return Plan(documents, lengths, rows, count_shard(documents, batches))
+
+
+def stand_in(tokenizer: Any, vocab_size: int | None) -> TokenizedData:
+    """Two short documents of no job: what a model can be tried on where the data come later."""
+    known = [[token for token in tokenizer(text).input_ids if token < (vocab_size or 1 << 31)] for text in STAND_IN]
+    made = [ids if len(ids) > 1 else [0, 1, 2, 3] for ids in known]
+    return TokenizedData.of([(ids, [True] * len(ids)) for ids in made], max(map(len, made)))
 
 
 def count_shard(documents: TokenizedData, batches: Sequence[Sequence[Sequence[int]]]) -> Counts:

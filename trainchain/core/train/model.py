@@ -39,6 +39,8 @@ _LAYERS = {"full_attention", "sliding_attention"}
 """Kinds of layers that see nothing of a document but its own earlier tokens."""
 _FOREIGN = {"s_aux": "attention sinks", "position_bias": "a bias by position"}
 """What a model may hand to its attention that attention document by document does not take."""
+_LINE = 64
+"""Bytes of a CPU's cache line."""
 _WATCHED = "trainchain_watched"
 _HINT = "It needs config.json, a tokenizer and *.safetensors of a model that transformers itself knows."
 _OTHER_BASE = "Take a base whose only state across tokens is causal attention: Llama, Qwen, Mistral, Gemma, Phi ..."
@@ -112,6 +114,21 @@ def load_model(folder: Path, *, dtype: torch.dtype, attention: str, quantization
         if not torch.isfinite(weight.sum(dtype=torch.float32)) and not torch.isfinite(weight).all():
             raise _unreadable(folder, f"{name} holds NaN or infinity", "Fetch the files again.")
     return model
+
+
+def leave_files(model: Any) -> None:
+    """Copy what is mapped from the model's files, so that these can go: a mapped file keeps its place on the disk.
+
+    A copy begins as far from a cache line's start as the tensor did: matrix products may round by that.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        mine = tensor.data
+        if mine.device.type != "cpu" or not mine.numel() or not mine.is_contiguous():
+            continue
+        size = mine.element_size()
+        room = torch.empty(mine.numel() + _LINE // size, dtype=mine.dtype)
+        start = (mine.data_ptr() - room.data_ptr()) % _LINE // size
+        tensor.data = room[start : start + mine.numel()].view(mine.shape).copy_(mine)
 
 
 def _load(folder: Path, **how: Any) -> Any:

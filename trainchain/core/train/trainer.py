@@ -22,15 +22,19 @@ from trainchain.core.errors import TrainChainError
 from trainchain.core.models import Counts, FileRef, ResolvedRecipe
 from trainchain.core.schedule import learning_rate
 from trainchain.core.segments import State, leaf, segment_ends, state_root
+from trainchain.core.sharding import DataOrder
 from trainchain.core.train.adapted import AdaptedModel
+from trainchain.core.train.blocks import read_block, read_held_out
 from trainchain.core.train.data import (
+    Plan,
     Sources,
     TokenizedData,
     check_counts,
-    count_shard,
     data_order,
     load_documents,
+    plan_shard,
     shard_batches,
+    stand_in,
     vocabulary,
 )
 from trainchain.core.train.device import memory_errors, numeric_class, set_modes
@@ -68,20 +72,15 @@ class ShardResult:
     numeric_class: str
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A shard's rows: by step, without the packed sequences' bounds, which matter to nobody here."""
-
-    steps: list[list[int]]
-    counts: Counts
-
-
 class Engine:
     """One job, loaded. One at a time in a process: it sets torch's global modes.
 
     `micro_tokens` is how many tokens go through the model at once, in all lanes together; by default
     micro_batch_size sequences. It changes memory and last bits, not the mathematics. `checkpointing` trades time
-    for memory, exactly.
+    for memory, exactly. With `volatile` no file of `model_dir` is needed or mapped once the engine is there.
+
+    A sealed job is opened without data: a shard's rows come with its block, the held-out rows with theirs. Of these
+    nothing is written to the disk, and of a block nothing is kept.
     """
 
     def __init__(
@@ -94,6 +93,7 @@ class Engine:
         cache: Path | None = None,
         checkpointing: bool = False,
         micro_tokens: int | None = None,
+        volatile: bool = False,
     ) -> None:
         training = recipe.training
         self.recipe = recipe
@@ -104,16 +104,19 @@ class Engine:
         lanes = self._lanes(threads)
         set_modes(max(1, threads // lanes), training.seed)
         self._tokenizer = load_tokenizer(model_dir)
-        sources = [(self._path(dataset.file), dataset.format) for dataset in recipe.datasets]
         self._vocab_size = vocabulary(load_config(model_dir))
-        self.documents = self._load(sources)
+        self._order: DataOrder | None = None
+        if recipe.sealed is None:
+            self.documents = self._load([(self._path(dataset.file), dataset.format) for dataset in recipe.datasets])
+            self._order = data_order(recipe, self.documents)
+        else:
+            self.documents = stand_in(self._tokenizer, self._vocab_size)
         self._lengths = self.documents.lengths()
-        self._order = data_order(recipe, self.documents)
-        self._plans: dict[tuple[int, int], Future[_Plan]] = {}
+        self._plans: dict[tuple[int, int], Future[Plan]] = {}
         self._order_lock = threading.Lock()
         self._helpers = ThreadPoolExecutor(2, "data")
         with memory_errors():
-            self._adapted = AdaptedModel(recipe, model_dir, checkpointing=checkpointing, lanes=lanes)
+            self._adapted = AdaptedModel(recipe, model_dir, checkpointing=checkpointing, lanes=lanes, volatile=volatile)
             self._adapted.prove(self.documents)
         processes = self._adapted.processes[1]
         path = self._adapted.adapter_path
@@ -128,15 +131,17 @@ class Engine:
         on_step: OnStep | None = None,
         *,
         states: Path | None = None,
+        block: bytes | None = None,
     ) -> ShardResult:
         """Train one shard from `start` under the 0x id `lease`; `on_step` comes at most four times a second.
 
         The state at every segment's end is kept in the folder `states`; what lies there of this very shard is
-        not trained again. Raises TrainChainError: data.count_mismatch before any training, job.invalid for an
-        adapter of another base, state.invalid, train.diverged, train.out_of_memory.
+        not trained again. `block` is the plain text of a sealed job's shard. Raises TrainChainError:
+        data.count_mismatch and data.format before any training, job.invalid for an adapter of another base,
+        state.invalid, train.diverged, train.out_of_memory.
         """
         began = time.monotonic()
-        plan = self._take(round, shard)
+        plan = self._take(round, shard, block)
         check_counts(plan.counts, self.recipe.counts[round - 1][shard], f"shard {shard} of round {round}")
         belongs = self._belongs(start, round, shard)
         journal = Journal(states, belongs, self._adapted.shapes, keeps=self.leads)
@@ -166,7 +171,7 @@ class Engine:
             numeric_class=self.numeric_class,
         )
 
-    def replay(self, state: State, round: int, shard: int, segment: int) -> State:
+    def replay(self, state: State, round: int, shard: int, segment: int, *, block: bytes | None = None) -> State:
         """Train one segment (from 0) of a shard again, from the state it started in; the state it ends in.
 
         Split as `micro_tokens` says: to be equal to the last bit it must be what the segment was split by.
@@ -174,16 +179,16 @@ class Engine:
         bounds = [0, *segment_ends(self.recipe.steps, self.recipe.training.segment_steps)]
         if not 0 <= segment < len(bounds) - 1 or state.t != bounds[segment]:
             raise TrainChainError("state.invalid", f"Segment {segment} does not start after step {state.t}.")
-        plan = self._take(round, shard)
+        plan = self._take(round, shard, block)
         with memory_errors():
             self._adapted.restore(state)
             steps = range(state.t + 1, bounds[segment + 1] + 1)
             self._segment(plan, round, shard, steps, None)
             return self._adapted.snapshot(bounds[segment + 1])
 
-    def evaluate(self, adapter: Adapter | None) -> float:
+    def evaluate(self, adapter: Adapter | None, *, held_out: bytes | None = None) -> float:
         """Mean held-out loss per supervised token; of the base alone where `adapter` is None."""
-        documents, model = self.held_out(), self._adapted
+        documents, model = self.held_out(held_out), self._adapted
         with memory_errors():
             model.begin(self._nothing() if adapter is None else adapter)
             return mean_loss(model.loss_sums, documents, device=model.device, budget=self.micro_tokens // model.lanes)
@@ -199,14 +204,23 @@ class Engine:
                 model.base, self._tokenizer, recipe.samples, new_tokens=recipe.sample_tokens, device=model.device
             )
 
-    def held_out(self) -> TokenizedData:
-        """The held-out rows, read at first use: a worker that only trains never needs the file."""
+    def held_out(self, data: bytes | None = None) -> TokenizedData:
+        """The held-out rows, read at first use: a worker that only trains never needs the file.
+
+        `data` is the plain text of a sealed job's.
+        """
         held_out = self.recipe.held_out
         if held_out is None:
             raise TrainChainError("data.empty", "The job has no held-out data to evaluate on.")
         if self._held_out is None:
-            source = (self._path(held_out.dataset.file), held_out.dataset.format)
-            found = self._load([source], held_out.rows)
+            if self.recipe.sealed is None:
+                found = self._load([(self._path(held_out.dataset.file), held_out.dataset.format)], held_out.rows)
+            elif data is None:
+                raise TrainChainError(
+                    "source.missing", "The job is sealed, and its held-out rows were not handed over."
+                )
+            else:
+                found = read_held_out(data, self.recipe, self._tokenizer, self._vocab_size)
             counted = count_held_out(found)
             pinned = Counts(rows=counted.rows, tokens=held_out.tokens, supervised=held_out.supervised)
             check_counts(counted, pinned, "the held-out data")
@@ -248,25 +262,30 @@ class Engine:
             "numeric_class": self.numeric_class,
         }
 
-    def _take(self, round: int, shard: int) -> _Plan:
-        """The plan of a shard, most often made while the one before it trained."""
+    def _take(self, round: int, shard: int, block: bytes | None) -> Plan:
+        """The plan of a shard, of an open job most often made while the one before it trained."""
+        if self.recipe.sealed is not None:
+            if block is None:
+                what = f"the block of shard {shard} of round {round} was not handed over"
+                raise TrainChainError("source.missing", f"The job is sealed, and {what}.")
+            return read_block(block, self.recipe, round, shard, self._tokenizer, self._vocab_size)
         ready = self._plans.pop((round, shard), None)
         return ready.result() if ready else self._plan(round, shard)
 
     def _prepare_next(self, round: int, shard: int) -> None:
         """Plan the job's next shard: if this worker gets another one, the epoch's order at least is there."""
         following = (round, shard + 1) if shard + 1 < self.recipe.shards else (round + 1, 0)
-        if following[0] <= self.recipe.rounds and following not in self._plans:
+        if self._order is not None and following[0] <= self.recipe.rounds and following not in self._plans:
             self._plans.clear()
             self._plans[following] = self._helpers.submit(self._plan, *following)
 
-    def _plan(self, round: int, shard: int) -> _Plan:
+    def _plan(self, round: int, shard: int) -> Plan:
+        assert self._order is not None
         with self._order_lock:
-            steps = shard_batches(self.recipe, self._order, round, shard)
-        rows = [[row for sequence in step for row in sequence] for step in steps]
-        return _Plan(rows, count_shard(self.documents, steps))
+            batches = shard_batches(self.recipe, self._order, round, shard)
+        return plan_shard(self.documents, self._lengths, batches)
 
-    def _run(self, plan: _Plan, round: int, shard: int, journal: Journal, on_step: OnStep | None) -> Adapter:
+    def _run(self, plan: Plan, round: int, shard: int, journal: Journal, on_step: OnStep | None) -> Adapter:
         """All segments that the journal has not; returns the adapter at the end."""
         bounds = [0, *segment_ends(self.recipe.steps, self.recipe.training.segment_steps)]
         if journal.last is not None:
@@ -277,16 +296,16 @@ class Engine:
             self._prepare_next(round, shard)
         return self._adapted.adapter()
 
-    def _segment(self, plan: _Plan, round: int, shard: int, steps: range, on_step: OnStep | None) -> list[float]:
+    def _segment(self, plan: Plan, round: int, shard: int, steps: range, on_step: OnStep | None) -> list[float]:
         """Some steps of a shard; losses and norms stay on the device and are read only to be shown and at the end."""
         figures: list[torch.Tensor] = []
-        tokens = sum(self._lengths[row] for step in plan.steps[: steps[0] - 1] for row in step)
+        tokens = sum(plan.lengths[row] for step in plan.steps[: steps[0] - 1] for row in step)
         shown = 0.0
         for number, batches in zip(steps, self._laid_out(plan, steps), strict=True):
-            targets = sum(int(self.documents.supervised[row]) for row in plan.steps[number - 1])
+            targets = sum(int(plan.documents.supervised[row]) for row in plan.steps[number - 1])
             rate = learning_rate(self.recipe, round, number)
             figures.append(torch.stack(self._adapted.step(batches, targets, rate)))
-            tokens += sum(self._lengths[row] for row in plan.steps[number - 1])
+            tokens += sum(plan.lengths[row] for row in plan.steps[number - 1])
             now = time.monotonic()
             if on_step and (now - shown >= REPORT_SECONDS or number == self.recipe.steps):
                 shown = now
@@ -312,20 +331,20 @@ class Engine:
                     "train.diverged", f"{where}: {name} is not finite after step {steps[-1]}.", hint=hint
                 )
 
-    def _laid_out(self, plan: _Plan, steps: range) -> Iterator[list[list[MicroBatch]]]:
+    def _laid_out(self, plan: Plan, steps: range) -> Iterator[list[list[MicroBatch]]]:
         """This process's micro-batches of each step, by lane, laid out while the steps before train."""
         waiting: deque[Future[list[list[MicroBatch]]]] = deque()
         following = iter(steps)
         for _ in steps:
             while len(waiting) <= AHEAD and (coming := next(following, None)) is not None:
-                waiting.append(self._helpers.submit(self._micro_batches, plan.steps[coming - 1]))
+                waiting.append(self._helpers.submit(self._micro_batches, plan, plan.steps[coming - 1]))
             yield waiting.popleft().result()
 
-    def _micro_batches(self, rows: Sequence[int]) -> list[list[MicroBatch]]:
+    def _micro_batches(self, plan: Plan, rows: Sequence[int]) -> list[list[MicroBatch]]:
         (index, count), lanes = self._adapted.processes, self._adapted.lanes
-        hands = deal(self._lengths, rows, self.micro_tokens // lanes, lanes * count)[index * lanes :][:lanes]
+        hands = deal(plan.lengths, rows, self.micro_tokens // lanes, lanes * count)[index * lanes :][:lanes]
         device = self._adapted.device
-        return [[micro_batch(self.documents, group, device) for group in hand] for hand in hands]
+        return [[micro_batch(plan.documents, group, device) for group in hand] for hand in hands]
 
     def _lanes(self, threads: int) -> int:
         """One for each thread of a CPU, as far as `micro_tokens` fills them; one for a GPU."""
