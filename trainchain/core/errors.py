@@ -74,6 +74,7 @@ CODES: dict[str, Reason] = {
     "http.not_found": Reason(404, 1, "The hub has nothing at that address."),
     "http.too_large": Reason(413, 1, "A request body is larger than its cap; it was not read to the end."),
     "http.length_required": Reason(411, 1, "A body was sent without its length."),
+    "http.range": Reason(416, 1, "A part of an object was asked for that it does not have."),
     "session.required": Reason(401, 7, "The request needs a session signed by a wallet."),
     "session.refused": Reason(403, 7, "The sign-in message does not hold: wrong signature, nonce, domain or time."),
     "session.forbidden": Reason(403, 7, "The wallet of this session may not do that."),
@@ -128,6 +129,7 @@ CODES: dict[str, Reason] = {
     # the worker's disk
     "cache.full": Reason(507, 1, "What is needed does not fit the cap of the cache."),
     "cache.damaged": Reason(422, 4, "Files in the cache are not what their names say."),
+    "cache.in_use": Reason(409, 1, "A running process uses that part of the cache."),
     "disk.full": Reason(507, 1, "The disk has no room for what is needed."),
     # training
     "adapter.unfit": Reason(422, 2, "The adapter is not one of the recipe: of another base, rank, or set of modules."),

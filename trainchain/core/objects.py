@@ -79,9 +79,10 @@ class ObjectStore:
             raise TrainChainError("object.digest", f"The stored bytes of {digest} no longer have that digest.")
         return data
 
-    def stream(self, digest: str) -> Iterator[bytes]:
+    def stream(self, digest: str, start: int = 0) -> Iterator[bytes]:
+        """The object's bytes from the byte `start`, which must be one it has, to its end."""
         try:
-            found = obstore.get(self._store, _key(digest))
+            found = obstore.get(self._store, _key(digest), options={"range": {"offset": start}} if start else None)
         except FileNotFoundError:
             raise TrainChainError("object.unknown", f"There is no object {digest}.") from None
         for chunk in found.stream(min_chunk_size=CHUNK):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
@@ -15,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from trainchain import __version__
 from trainchain.core.errors import TrainChainError
-from trainchain.core.hub import contributions, faucet, jobs, leases, sessions, views
+from trainchain.core.hub import access, contributions, faucet, jobs, keys, leases, sessions, views
 from trainchain.core.hub.service import Hub
 from trainchain.core.models import MAX_INT, PROTOCOL, Model, SignedContribution, parse
 from trainchain.core.objects import Spool
@@ -47,7 +48,9 @@ def problem(error: TrainChainError) -> JSONResponse:
         "hint": error.hint,
         **error.facts,
     }
-    return JSONResponse(document, error.status, media_type="application/problem+json")
+    size = error.facts.get("size")
+    headers = {"content-range": f"bytes */{size}"} if error.code == "http.range" else None
+    return JSONResponse(document, error.status, headers, media_type="application/problem+json")
 
 
 async def read_into(request: Request, spool: Spool) -> None:
@@ -73,6 +76,18 @@ async def parsed(request: Request, model: type[M], cap: int = SMALL_BODY) -> M:
     return parse(model, await body(request, cap), code="http.bad_request", what="The request")
 
 
+def range_start(header: str | None, size: int) -> int | None:
+    """The first byte that is asked for; None for all of them. One form of RFC 9110 is known, `bytes=N-`."""
+    if header is None:
+        return None
+    found = re.fullmatch(r"bytes=([0-9]{1,19})-", header)
+    if found is None or int(found[1]) >= size:
+        raise TrainChainError(
+            "http.range", f"{header[:60]!r} is no range of an object of {size} bytes; bytes=N- is known.", size=size
+        )
+    return int(found[1])
+
+
 async def same_protocol(request: Request) -> None:
     """Whoever names a protocol version must name ours."""
     spoken = request.headers.get("trainchain-protocol", str(PROTOCOL))
@@ -95,6 +110,7 @@ def create_app(hub: Hub) -> FastAPI:
         dependencies=[Depends(same_protocol)],
     )
     thread = run_in_threadpool
+    exchange = hub.introduction()
 
     @app.exception_handler(TrainChainError)
     async def expected(_: Request, error: TrainChainError) -> Response:
@@ -122,6 +138,10 @@ def create_app(hub: Hub) -> FastAPI:
     async def wallet(request: Request) -> str:
         return await thread(sessions.wallet_of, hub, request.headers.get("authorization"))
 
+    async def asker(request: Request) -> str | None:
+        """Who asks, where that makes a difference to the answer; a session that is over makes nobody of them."""
+        return await thread(sessions.wallet_if_any, hub, request.headers.get("authorization"))
+
     async def wait_for(look: Callable[[], Any], seconds: float) -> Any:
         """Long-poll: look now and whenever the bell rings, until something is found or the time is up."""
         loop, rung = asyncio.get_running_loop(), asyncio.Event()
@@ -146,7 +166,7 @@ def create_app(hub: Hub) -> FastAPI:
 
     @app.get("/v1/hub")
     async def describe() -> dict[str, Any]:
-        return {"protocol": PROTOCOL, "version": __version__, "chain": hub.chain.describe()}
+        return {"protocol": PROTOCOL, "version": __version__, "exchange": exchange, "chain": hub.chain.describe()}
 
     @app.post("/v1/session/nonce")
     async def nonce() -> dict[str, Any]:
@@ -180,8 +200,9 @@ def create_app(hub: Hub) -> FastAPI:
         return await thread(jobs.publish, hub, owner, publication)
 
     @app.get("/v1/jobs/{name}")
-    async def show_job(name: str) -> dict[str, Any]:
-        return await thread(lambda: views.show_job(hub, jobs.find(hub, name)))
+    async def show_job(request: Request, name: str) -> dict[str, Any]:
+        who = await asker(request)
+        return await thread(lambda: views.show_job(hub, jobs.find(hub, name), who))
 
     @app.get("/v1/jobs/{job_id}/recipe")
     async def recipe(job_id: str) -> Response:
@@ -191,6 +212,18 @@ def create_app(hub: Hub) -> FastAPI:
     async def events(job_id: str, after: After = 0, wait: Wait = 0.0) -> dict[str, Any]:
         await thread(hub.job, job_id)
         return {"events": await wait_for(lambda: views.events_after(hub, job_id, after), wait)}
+
+    @app.get("/v1/jobs/{job_id}/contributions")
+    async def accepted(
+        request: Request,
+        job_id: str,
+        round_: Annotated[int | None, Query(alias="round", ge=1, le=MAX_INT)] = None,
+        after: After = 0,
+        limit: Annotated[int, Query(ge=1, le=views.MAX_CONTRIBUTIONS)] = views.MAX_CONTRIBUTIONS,
+    ) -> dict[str, Any]:
+        if await thread(access.is_private, hub, job_id):
+            await thread(access.insist_reader, hub, job_id, await wallet(request))
+        return await thread(views.contributions_of, hub, job_id, round_, after, limit)
 
     @app.put("/v1/jobs/{job_id}/objects/{digest}")
     async def upload(request: Request, job_id: str, digest: str) -> dict[str, Any]:
@@ -210,13 +243,19 @@ def create_app(hub: Hub) -> FastAPI:
 
     @app.get("/v1/objects/{digest}")
     async def download(request: Request, digest: str) -> Response:
-        if not await thread(leases.is_public, hub, digest) and not await thread(
-            leases.may_read, hub, await wallet(request), digest
+        if not await thread(access.is_public, hub, digest) and not await thread(
+            access.may_read, hub, await wallet(request), digest
         ):
             raise TrainChainError("object.unknown", f"There is no object {digest[:64]} for you here.")
         size = await thread(hub.objects.size, digest)
-        headers = {"content-length": str(size)} if size is not None else {}
-        return StreamingResponse(hub.objects.stream(digest), headers=headers)
+        if size is None:
+            raise TrainChainError("object.unknown", f"The hub no longer has the object {digest}.")
+        start = range_start(request.headers.get("range"), size)
+        headers = {"content-length": str(size - (start or 0)), "accept-ranges": "bytes"}
+        if start is not None:
+            headers["content-range"] = f"bytes {start}-{size - 1}/{size}"
+        status = 200 if start is None else 206
+        return StreamingResponse(hub.objects.stream(digest, start or 0), status, headers)
 
     @app.get("/v1/earned")
     async def earned(request: Request) -> dict[str, Any]:
@@ -226,13 +265,18 @@ def create_app(hub: Hub) -> FastAPI:
     async def take(request: Request) -> Response:
         worker = await wallet(request)
         asked = await parsed(request, leases.LeaseRequest)
-        lease = await wait_for(lambda: leases.take(hub, worker, asked.job), asked.wait)
+        lease = await wait_for(lambda: leases.take(hub, worker, asked.job, asked.skip), asked.wait)
         return JSONResponse(lease) if lease else Response(status_code=204)
 
     @app.post("/v1/leases/{lease_id}/beat")
     async def beat(request: Request, lease_id: str) -> dict[str, Any]:
         worker = await wallet(request)
         return await thread(leases.beat, hub, worker, lease_id, await parsed(request, leases.Progress))
+
+    @app.post("/v1/leases/{lease_id}/keys")
+    async def release(request: Request, lease_id: str) -> dict[str, Any]:
+        worker = await wallet(request)
+        return await thread(keys.release, hub, worker, lease_id, await parsed(request, keys.KeyRequest))
 
     @app.delete("/v1/leases/{lease_id}")
     async def give_back(request: Request, lease_id: str) -> dict[str, Any]:
