@@ -1,7 +1,9 @@
 """This machine: where TrainChain keeps its files, and which hub it talks to. Flag, then environment, then default."""
 
 import os
+import re
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from platformdirs import user_data_path
@@ -9,19 +11,45 @@ from platformdirs import user_data_path
 from trainchain.core.errors import TrainChainError
 
 DEFAULT_HUB = "http://127.0.0.1:7070"
+DEFAULT_CACHE_CAP = 100 * 10**9
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40
+}  # fmt: skip
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?((?:[KMGT]I?)?B)", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True)
 class Settings:
     home: Path
     hub: str
+    cache_folder: Path | None = None
+    """Another place for the cache than in the home."""
+    cache_cap: int = DEFAULT_CACHE_CAP
+    """How many bytes the cache may hold."""
 
     @classmethod
-    def load(cls, home: Path | None = None, hub: str | None = None) -> "Settings":
-        """Flags win over TRAINCHAIN_HOME and TRAINCHAIN_HUB, which win over the defaults."""
+    def load(cls, home: Path | None = None, hub: str | None = None, cache_cap: str | None = None) -> "Settings":
+        """Flags win over TRAINCHAIN_HOME, _HUB, _CACHE and _CACHE_CAP, which win over the defaults."""
         folder = home or Path(os.environ.get("TRAINCHAIN_HOME") or user_data_path("trainchain"))
         url = hub or os.environ.get("TRAINCHAIN_HUB") or DEFAULT_HUB
-        return cls(folder.expanduser().absolute(), url.rstrip("/"))
+        cache = os.environ.get("TRAINCHAIN_CACHE")
+        told = os.environ.get("TRAINCHAIN_CACHE_CAP")
+        cap = DEFAULT_CACHE_CAP
+        if cache_cap is not None:
+            cap = parse_size(cache_cap, "--cache-cap")
+        elif told:
+            cap = parse_size(told, "TRAINCHAIN_CACHE_CAP")
+        return cls(
+            folder.expanduser().absolute(),
+            url.rstrip("/"),
+            Path(cache).expanduser().absolute() if cache else None,
+            cap,
+        )
+
+    @property
+    def cache(self) -> Path:
+        """The folder of the cache that workers of this machine share."""
+        return self.cache_folder or self.home / "cache"
 
     @property
     def wallet_path(self) -> Path:
@@ -40,6 +68,25 @@ class Settings:
                 f"The password file {name} cannot be read.",
                 hint="Check TRAINCHAIN_PASSWORD_FILE.",
             ) from None
+
+
+def parse_size(text: str, what: str = "A size") -> int:
+    """Bytes of a size as people write it: 80GB, 1.5 TB, 64GiB. Raises `usage.flag` for anything else."""
+    found = _SIZE.fullmatch(text.strip())
+    size = int(Decimal(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if not size:
+        raise TrainChainError(
+            "usage.flag", f"{what} is {text[:60]!r}, which is no size.", hint="Write it as 80GB, 500MB or 64GiB."
+        )
+    return size
+
+
+def show_size(size: int) -> str:
+    """A number of bytes for people, in the units that disks are sold in."""
+    for unit in ("TB", "GB", "MB", "kB"):
+        if size >= _UNITS[unit.upper()]:
+            return f"{size / _UNITS[unit.upper()]:.1f} {unit}"
+    return f"{size} B"
 
 
 def private_folder(path: Path) -> Path:
