@@ -45,6 +45,7 @@ from trainchain.core.models import (
 )
 from trainchain.core.objects import ObjectStore
 from trainchain.core.rewards import job_price, round_cap
+from trainchain.core.seal import ExchangeKey
 from trainchain.core.settings import Settings
 
 COIN = 10**18
@@ -201,6 +202,7 @@ class Town:
             self.port,
             clock=self.clock,
             evaluators=frozenset({self.evaluator_keys.address}),
+            exchange=ExchangeKey.load_or_create(self.root / "exchange-key"),
         )
         bound = bind("127.0.0.1:0")
         self.host = f"127.0.0.1:{bound.getsockname()[1]}"

@@ -24,6 +24,7 @@ from trainchain.core.hub.store import Store
 from trainchain.core.models import SignedContribution
 from trainchain.core.objects import ObjectStore, Spool
 from trainchain.core.rewards import shard_reward
+from trainchain.core.seal import ExchangeKey
 
 WORKERS = [Wallet(bytes([number]) * 32) for number in (1, 2, 3)]
 OWNER = "0x" + "11" * 20
@@ -91,7 +92,7 @@ class HubLaws(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp(prefix="hub-laws-"))
         self.clock = Clock()
         self.chain = Notary(self.clock)
-        self.hub = Hub(Store(self.root / "hub.sqlite"), ObjectStore(self.root / "objects"), self.chain, self.clock)
+        self.hub = self.opened()
         made = recipe(job_files(), rounds=3, shards=shards, quorum=quorum, round_deadline=90, pay_deadline=1000)
         self.recipe = made
         self.chain.terms = {
@@ -112,6 +113,10 @@ class HubLaws(RuleBasedStateMachine):
         self.given: list[dict[str, Any]] = []
         self.accepted: dict[tuple[int, int], tuple[Any, ...]] = {}
         self.receipts: dict[tuple[int, int], int] = {}
+
+    def opened(self) -> Hub:
+        store, objects = Store(self.root / "hub.sqlite"), ObjectStore(self.root / "objects")
+        return Hub(store, objects, self.chain, self.clock, exchange=ExchangeKey(bytes(32)))
 
     def teardown(self) -> None:
         if hasattr(self, "hub"):
@@ -195,7 +200,7 @@ class HubLaws(RuleBasedStateMachine):
     def restart(self) -> None:
         """All but the folder is new."""
         self.hub.store.close()
-        self.hub = Hub(Store(self.root / "hub.sqlite"), ObjectStore(self.root / "objects"), self.chain, self.clock)
+        self.hub = self.opened()
         leases.extend_all(self.hub)
 
     @invariant()

@@ -49,6 +49,7 @@ def serve(
     from trainchain.core.hub.steward import Steward
     from trainchain.core.hub.store import Store
     from trainchain.core.objects import ObjectStore
+    from trainchain.core.seal import ExchangeKey
     from trainchain.core.settings import private_folder
 
     if with_parent:
@@ -62,7 +63,13 @@ def serve(
     evaluators: frozenset[str] = frozenset()
     if evaluator_threads:
         evaluators = frozenset({wallet.load_or_create(evaluator_home / "wallet.json").address})
-    hub = Hub(Store(home / "hub.sqlite"), ObjectStore(home / "objects"), chain, evaluators=evaluators)
+    hub = Hub(
+        Store(home / "hub.sqlite"),
+        ObjectStore(home / "objects"),
+        chain,
+        evaluators=evaluators,
+        exchange=ExchangeKey.load_or_create(home / "exchange-key"),
+    )
     steward = Steward(hub)
     steward.start()
     evaluator = _Evaluator(url, evaluator_home, evaluator_threads) if evaluator_threads else None

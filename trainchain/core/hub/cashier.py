@@ -6,7 +6,7 @@ The chain is asked outside any transaction; what it did is found again by (job, 
 from sqlalchemy import insert, select, update
 
 from trainchain.core.errors import TrainChainError
-from trainchain.core.hub import jobs, schema
+from trainchain.core.hub import jobs, keys, schema
 from trainchain.core.hub.service import Hub, attempt
 from trainchain.core.hub.store import Row, move, one, record
 from trainchain.core.states import Job, Lease, Round
@@ -102,11 +102,12 @@ def _settle(hub: Hub, job: Row) -> bool:
 
 
 def _close(hub: Hub, job: Row) -> bool:
-    """Once deadline and grace are over nothing can change but claims and the owner's refund."""
+    """Once deadline and grace are over nothing can change but claims and the owner's refund: no key is needed more."""
     now = hub.clock()
     if job["deadline"] is not None and now <= job["deadline"] + job["grace"]:
         return False
     with hub.store.write() as db:
+        keys.forget(db, job["id"])
         return move(db, schema.jobs, job, Job.CLOSED, now=now)
 
 

@@ -161,14 +161,19 @@ def _accept(hub: Hub, lease: Row, delta: str, signed: SignedContribution, reward
         )
 
 
-def publish_round(db: Connection, job_id: str, round_: int) -> list[str]:
+def publish_round(db: Connection, job_id: str, round_: int, *, public: bool) -> list[str]:
     """Open a merged round's accepted deltas to everybody who wants to recompute the merge, and forget its refused
-    ones; returns the digests of those. Before the merge a delta is nobody's but its worker's: it could be copied."""
+    ones; returns the digests of those. Before the merge a delta is nobody's but its worker's: it could be copied.
+
+    Of a private job they open to its owner and its workers alone, who alone can then recompute the merge.
+    """
     accepted_here = select(schema.contributions.c.delta).where(
         schema.contributions.c.job == job_id, schema.contributions.c.round == round_
     )
     objects, leases = schema.objects, schema.leases
-    db.execute(update(objects).where(objects.c.job == job_id, objects.c.digest.in_(accepted_here)).values(public=True))
+    if public:
+        accepted_objects = update(objects).where(objects.c.job == job_id, objects.c.digest.in_(accepted_here))
+        db.execute(accepted_objects.values(public=True))
     of_round = select(leases.c.id).where(leases.c.job == job_id, leases.c.round == round_)
     loose = db.execute(_loose(job_id).where(objects.c.lease.in_(of_round))).mappings().all()
     _forget(db, loose)

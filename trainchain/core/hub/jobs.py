@@ -2,14 +2,16 @@
 
 from typing import Any
 
+from pydantic import Field
 from sqlalchemy import insert, select, update
 
 from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
-from trainchain.core.hub import schema
+from trainchain.core.hub import access, keys, schema
+from trainchain.core.hub.keys import Wrapped
 from trainchain.core.hub.service import EscrowJob, Hub
 from trainchain.core.hub.store import Row, move, one, record
-from trainchain.core.models import Hash32, Model, ResolvedRecipe
+from trainchain.core.models import Digest, Hash32, Model, ResolvedRecipe
 from trainchain.core.money import show
 from trainchain.core.objects import Spool
 from trainchain.core.recipe import MAX_STEPS
@@ -17,21 +19,30 @@ from trainchain.core.rewards import job_price, round_cap, round_price
 from trainchain.core.states import Job
 
 MAX_FILES = 1000
+MAX_BLOCKS = 100_000
 MAX_OBJECT = 1 << 40
 
 
 class Publication(Model):
-    """What an owner publishes; with the owner's address the salt gives the job its id."""
+    """What an owner publishes; with the owner's address the salt gives the job its id.
+
+    `keys` has the key of every sealed file by its digest, wrapped for this hub (core/seal.py, `for_hub`).
+    """
 
     recipe: ResolvedRecipe
     salt: Hash32
+    keys: dict[Digest, Wrapped] = Field(default_factory=dict)
 
 
 def publish(hub: Hub, owner: str, publication: Publication) -> dict[str, Any]:
-    """Take a job in, unfunded; publishing the same again answers the same. Raises `job.invalid`."""
+    """Take a job in, unfunded; publishing the same again answers the same, and brings its keys anew.
+
+    Raises `job.invalid`, `money.budget_too_small`, `key.invalid`.
+    """
     recipe = publication.recipe
     _check(recipe)
     job_id, now = hub.chain.job_id(owner, publication.salt), hub.clock()
+    keys.check(hub, job_id, recipe, publication.keys)
     text = recipe.canonical()
     hub.objects.put(text)
     with hub.store.write() as db:
@@ -45,14 +56,18 @@ def publish(hub: Hub, owner: str, publication: Publication) -> dict[str, Any]:
                     salt=publication.salt,
                     spec_hash=recipe.spec_hash,
                     recipe=text.decode(),
+                    anyone=recipe.access.workers == "anyone",
                     state=str(Job.UNFUNDED),
                     created=now,
                 )
             )
             record(db, job_id, "job", "published", now, {"spec_hash": recipe.spec_hash})
             _name_objects(db, job_id, owner, recipe, len(text))
+            access.admit(db, job_id, owner, recipe)
         elif row["spec_hash"] != recipe.spec_hash:
             raise TrainChainError("job.invalid", f"Job {job_id} was published with another recipe.")
+        if row is None or row["state"] != Job.CLOSED:
+            keys.keep(db, job_id, publication.keys)
     return {"job": job_id, "spec_hash": recipe.spec_hash, "missing": missing(hub, job_id)}
 
 
@@ -70,7 +85,7 @@ def _name_objects(db: Any, job_id: str, owner: str, recipe: ResolvedRecipe, reci
             "digest": ref.sha256,
             "job": job_id,
             "size": ref.size,
-            "public": ref.sha256 == recipe.lora.initial.sha256,
+            "public": ref.sha256 == recipe.lora.initial.sha256 and not recipe.private,
             "present": ref.sha256 in have,
         }
         for ref in recipe.files()
@@ -83,10 +98,8 @@ def _check(recipe: ResolvedRecipe) -> None:
     """What the types cannot say of a resolved recipe. Raises `job.invalid`, `money.budget_too_small`."""
     if len(recipe.counts) != recipe.rounds or any(len(row) != recipe.shards for row in recipe.counts):
         raise TrainChainError("job.invalid", "The counts do not fit rounds x shards.")
-    if not (recipe.base_model.files or (recipe.sealed and recipe.sealed.base)) or len(recipe.files()) > MAX_FILES:
-        raise TrainChainError("job.invalid", f"A job has from one to {MAX_FILES} files.")
-    if any(ref.size > MAX_OBJECT for ref in recipe.files()):
-        raise TrainChainError("job.invalid", "A file of the job is larger than 1 TiB.")
+    _check_files(recipe)
+    _check_access(recipe)
     if recipe.steps > MAX_STEPS:
         raise TrainChainError("job.invalid", f"A shard has at most {MAX_STEPS} steps.")
     if not 0 < recipe.quorum <= 1 or not 0 < recipe.training.learning_rate <= 1:
@@ -97,6 +110,55 @@ def _check(recipe: ResolvedRecipe) -> None:
             f"The work costs up to {show(price)} TRAIN; the budget is {show(recipe.pay.budget)}.",
             hint="Raise `pay.budget`, lower `pay.per_million_tokens`, or train less.",
         )
+
+
+def _check_files(recipe: ResolvedRecipe) -> None:
+    """Where each file is to come from. Names of sources are only kept: no hub ever asks a source for anything."""
+    data = [*recipe.datasets, *([recipe.held_out.dataset] if recipe.held_out else [])]
+    given = [(recipe.base_model.source, ref) for ref in recipe.base_model.files]
+    given += [(entry.source, entry.file) for entry in data if entry.file is not None]
+    given.append((None, recipe.lora.initial))
+    sealed = recipe.sealed
+    if sealed is not None:
+        given += [(None, ref) for ref in [*sealed.base, *([sealed.held_out] if sealed.held_out else [])]]
+    base = [ref.name for ref in (sealed.base if sealed and sealed.base else recipe.base_model.files)]
+    if not base or len(given) > MAX_FILES:
+        raise TrainChainError("job.invalid", f"A job has from one to {MAX_FILES} files beside its sealed blocks.")
+    if len(set(base)) < len(base):
+        raise TrainChainError("job.invalid", "Two files of the base model have one name.")
+    blocks = [(None, ref) for row in sealed.blocks for ref in row] if sealed else []
+    for source, ref in [*given, *blocks]:
+        if ref.size > MAX_OBJECT:
+            raise TrainChainError("job.invalid", f"The file {ref.name} is larger than 1 TiB.")
+        if (source is None) != (ref.path is None):
+            raise TrainChainError(
+                "job.invalid", f"The file {ref.name} needs a path in its source, and none where it has no source."
+            )
+
+
+def _check_access(recipe: ResolvedRecipe) -> None:
+    """A job has keys exactly where it is sealed, and whoever chooses the workers seals."""
+    sealed, wrong = recipe.sealed, None
+    data = [*recipe.datasets, *([recipe.held_out.dataset] if recipe.held_out else [])]
+    if (sealed is None) != (recipe.access.keys is None):
+        wrong = "A job has `access.keys` exactly where it is sealed."
+    elif recipe.access.workers != "anyone" and sealed is None:
+        wrong = "A job that does not admit anyone is sealed."
+    elif sealed is None:
+        if any(entry.file is None for entry in data):
+            wrong = "A data set has no file, and the job is not sealed."
+    elif len(sealed.blocks) != recipe.rounds or any(len(row) != recipe.shards for row in sealed.blocks):
+        wrong = "The sealed blocks do not fit rounds x shards."
+    elif recipe.rounds * recipe.shards > MAX_BLOCKS:
+        wrong = f"A sealed job has at most {MAX_BLOCKS} blocks."
+    elif any(entry.file is not None for entry in data):
+        wrong = "A sealed job names the file of a data set."
+    elif (sealed.held_out is None) != (recipe.held_out is None):
+        wrong = "A sealed job has a sealed held-out file exactly where it has held-out data."
+    elif bool(sealed.base) != (recipe.base_model.source is None) or bool(sealed.base) == bool(recipe.base_model.files):
+        wrong = "The base model of a sealed job is sealed, or it has a source and is named file by file."
+    if wrong:
+        raise TrainChainError("job.invalid", wrong)
 
 
 def missing(hub: Hub, job_id: str) -> list[str]:

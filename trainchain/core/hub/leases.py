@@ -1,19 +1,21 @@
 """Leases: take, beat, give back. Taking first sweeps a bounded number of expired ones, so a lease is its own reaper."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
-from sqlalchemy import Connection, func, insert, or_, select, update
+from sqlalchemy import Connection, Select, func, insert, select, update
 
 from trainchain.core.errors import TrainChainError
-from trainchain.core.hub import schema
+from trainchain.core.hub import access, schema
 from trainchain.core.hub.service import LEASE_SECONDS, Hub
 from trainchain.core.hub.store import Row, move, one
-from trainchain.core.models import Count, Model
+from trainchain.core.models import Count, Hash32, Model
 from trainchain.core.states import Evaluation, Job, Lease, Round, Shard
 
 SWEEP = 100
 CHOICES = 16
+MAX_SKIPPED = 64
 MAX_HELD = 8
 """Leases that one wallet may hold at once: a machine with eight GPUs; nobody can sit on a whole round."""
 
@@ -27,34 +29,36 @@ class Progress(Model):
 
 
 class LeaseRequest(Model):
-    """`job` narrows the offer to one job; `wait` is how many seconds the hub may hold the request open."""
+    """`job` narrows the offer to one job, `skip` names jobs that this worker cannot do; `wait` is how many seconds the
+    hub may hold the request open."""
 
     job: Annotated[str, Field(max_length=66)] | None = None
+    skip: Annotated[list[Hash32], Field(max_length=MAX_SKIPPED, default_factory=list)]
     wait: Annotated[float, Field(ge=0, le=30)] = 0.0
 
 
-def take(hub: Hub, worker: str, job_id: str | None) -> dict[str, Any] | None:
-    """Give `worker` a lease, or None where there is nothing to do for it."""
+def take(hub: Hub, worker: str, job_id: str | None, skip: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Give `worker` a lease, or None where there is nothing to do for it: no job that admits it has an open shard."""
     now = hub.clock()
-    if not _something_to_do(hub, worker in hub.evaluators, now):
+    evaluator = worker in hub.evaluators
+    query = _open_evaluations(skip) if evaluator else _open_shards(worker, job_id, skip, now)
+    if not _something_to_do(hub, query, now):
         return None
     with hub.store.write() as db:
         sweep(db, now)
-        if worker in hub.evaluators:
-            return _take_evaluation(hub, db, worker, now)
-        return _take_shard(hub, db, worker, job_id, now)
+        return (_take_evaluation if evaluator else _take_shard)(hub, db, query, worker, now)
 
 
-def _something_to_do(hub: Hub, evaluator: bool, now: float) -> bool:
+def _something_to_do(hub: Hub, query: Select[Any], now: float) -> bool:
     """A look without the write lock, so that idle workers who wait do not stand in anybody's way."""
-    table = schema.evaluations if evaluator else schema.shards
     overdue = select(schema.leases.c.id).where(schema.leases.c.state == Lease.HELD, schema.leases.c.expires < now)
     with hub.store.read() as db:
-        waiting = db.execute(select(table.c.job).where(table.c.state == "open").limit(1)).first()
+        waiting = db.execute(query.order_by(None).limit(1)).first()
         return waiting is not None or db.execute(overdue.limit(1)).first() is not None
 
 
-def _take_shard(hub: Hub, db: Connection, worker: str, job_id: str | None, now: float) -> dict[str, Any] | None:
+def _open_shards(worker: str, job_id: str | None, skip: Sequence[str], now: float) -> Select[Any]:
+    """What `worker` may be lent, the oldest rounds first."""
     jobs, rounds, shards = schema.jobs, schema.rounds, schema.shards
     query = (
         select(shards)
@@ -62,12 +66,21 @@ def _take_shard(hub: Hub, db: Connection, worker: str, job_id: str | None, now: 
         .join(jobs, jobs.c.id == shards.c.job)
         .where(jobs.c.state == Job.RUNNING, jobs.c.deadline > now)
         .where(rounds.c.state == Round.OPEN, shards.c.state == Shard.OPEN)
+        .where(access.admits(worker), jobs.c.id.not_in(skip))
         .order_by(rounds.c.opened, shards.c.shard)
         .limit(CHOICES)
     )
-    if job_id is not None:
-        query = query.where(jobs.c.id == job_id)
-    leases = schema.leases
+    return query if job_id is None else query.where(jobs.c.id == job_id)
+
+
+def _open_evaluations(skip: Sequence[str]) -> Select[Any]:
+    evaluations = schema.evaluations
+    query = select(evaluations).where(evaluations.c.state == Evaluation.OPEN, evaluations.c.job.not_in(skip))
+    return query.limit(CHOICES)
+
+
+def _take_shard(hub: Hub, db: Connection, query: Select[Any], worker: str, now: float) -> dict[str, Any] | None:
+    jobs, rounds, shards, leases = schema.jobs, schema.rounds, schema.shards, schema.leases
     held = select(func.count()).where(leases.c.worker == worker, leases.c.state == Lease.HELD)
     if db.execute(held).scalar_one() >= MAX_HELD:
         return None
@@ -83,8 +96,7 @@ def _take_shard(hub: Hub, db: Connection, worker: str, job_id: str | None, now: 
     return None
 
 
-def _take_evaluation(hub: Hub, db: Connection, worker: str, now: float) -> dict[str, Any] | None:
-    query = select(schema.evaluations).where(schema.evaluations.c.state == Evaluation.OPEN).limit(CHOICES)
+def _take_evaluation(hub: Hub, db: Connection, query: Select[Any], worker: str, now: float) -> dict[str, Any] | None:
     for row in db.execute(query).mappings().all():
         lease_id = "0x" + hub.random_hex(32)
         if not move(db, schema.evaluations, row, Evaluation.LEASED, now=now, lease=lease_id):
@@ -156,13 +168,19 @@ def _release(db: Connection, lease: Row, now: float) -> None:
 
 
 def mine(hub: Hub, worker: str, lease_id: str) -> Row:
-    """The lease, if it is this worker's. Raises `lease.unknown`, `lease.not_yours`."""
+    """The lease, if it is this worker's. Raises `lease.unknown`, `lease.not_yours`, `access.denied`."""
     with hub.store.read() as db:
-        lease = one(db, schema.leases, id=lease_id)
+        return mine_in(hub, db, worker, lease_id)
+
+
+def mine_in(hub: Hub, db: Connection, worker: str, lease_id: str) -> Row:
+    """`mine`, within a transaction."""
+    lease = one(db, schema.leases, id=lease_id)
     if lease is None:
         raise TrainChainError("lease.unknown", f"No lease {lease_id[:66]} was ever given.")
     if lease["worker"].lower() != worker.lower():
         raise TrainChainError("lease.not_yours", f"The lease {lease_id} belongs to another wallet.")
+    access.insist(hub, db, lease["job"], worker)
     return lease
 
 
@@ -173,7 +191,7 @@ def beat(hub: Hub, worker: str, lease_id: str, progress: Progress) -> dict[str, 
     now = hub.clock()
     longest = hub.recipe(hub.job(lease["job"])).round_deadline
     with hub.store.write() as db:
-        _say_if_over(db, lease_id, now)
+        say_if_over(db, lease_id, now)
         kept = db.execute(
             update(schema.leases)
             .where(
@@ -189,7 +207,7 @@ def beat(hub: Hub, worker: str, lease_id: str, progress: Progress) -> dict[str, 
     return {"expires_in": LEASE_SECONDS}
 
 
-def _say_if_over(db: Connection, lease_id: str, now: float) -> None:
+def say_if_over(db: Connection, lease_id: str, now: float) -> None:
     """A lease may be worked on, even one that ran out, unless its shard, its round or its job is over.
 
     Half of the grace time is left for the last settlement: nobody holds it up by beating on.
@@ -226,30 +244,3 @@ def extend_all(hub: Hub) -> None:
             .where(schema.leases.c.state == Lease.HELD, schema.leases.c.expires < until)
             .values(expires=until)
         )
-
-
-def may_read(hub: Hub, wallet: str, digest: str) -> bool:
-    """Whether a wallet may read an object that is not public: the job's owner, and who was ever leased a part of it.
-
-    Held-out data is for the owner and the hub's evaluating child alone: who trains must not see what it is judged by.
-    """
-    objects, jobs, leases = schema.objects, schema.jobs, schema.leases
-    leased = select(leases.c.id).where(leases.c.job == objects.c.job, leases.c.worker == wallet).exists()
-    query = (
-        select(jobs)
-        .join(objects, jobs.c.id == objects.c.job)
-        .where(objects.c.digest == digest, objects.c.present, or_(jobs.c.owner == wallet, leased))
-    )
-    with hub.store.read() as db:
-        rows = list(db.execute(query).mappings())
-    return any(
-        job["owner"] == wallet or wallet in hub.evaluators or not hub.recipe(job).only_held_out(digest) for job in rows
-    )
-
-
-def is_public(hub: Hub, digest: str) -> bool:
-    query = select(schema.objects.c.digest).where(
-        schema.objects.c.digest == digest, schema.objects.c.public, schema.objects.c.present
-    )
-    with hub.store.read() as db:
-        return db.execute(query.limit(1)).first() is not None

@@ -131,7 +131,9 @@ def _close(hub: Hub, recipe: ResolvedRecipe, round_: Row, now: float) -> bool:
 
 
 def merge_round(hub: Hub, job: Row, round_: Row) -> merge.Merged:
-    """The merged adapter of a round, from its accepted contributions: a pure function of public objects."""
+    """The merged adapter of a round, from its accepted contributions: a pure function of objects that everybody may
+    read once the round is merged. Of a private job only the owner and its workers may, so nobody else can recompute
+    its merges."""
     recipe, shapes = hub.recipe(job), hub.shapes(job)
     bound = reach(recipe, round_["round"])
     updates = [
@@ -167,10 +169,12 @@ def _merge(hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row) -> bool:
             return False
         if one(db, schema.objects, digest=digest, job=job["id"]) is None:
             db.execute(
-                insert(schema.objects).values(digest=digest, job=job["id"], size=len(data), public=True, present=True)
+                insert(schema.objects).values(
+                    digest=digest, job=job["id"], size=len(data), public=not recipe.private, present=True
+                )
             )
         _ask_for_measures(db, job["id"], recipe, round_["round"], digest)
-        loose = publish_round(db, job["id"], round_["round"])
+        loose = publish_round(db, job["id"], round_["round"], public=not recipe.private)
     for refused in loose:
         drop_unnamed(hub, refused)
     return True

@@ -50,6 +50,7 @@ jobs = Table(
     Column("salt", ID, nullable=False),
     Column("spec_hash", ID, nullable=False),
     Column("recipe", Text, nullable=False),
+    Column("anyone", Boolean, nullable=False),
     Column("state", String(16), nullable=False),
     Column("version", Integer, nullable=False, default=0),
     Column("created", Float, nullable=False),
@@ -58,6 +59,25 @@ jobs = Table(
     Column("funded", Units, nullable=False, default=0),
     Column("round", Integer, nullable=False, default=0),
     Column("settled_round", Integer, nullable=False, default=0),
+)
+
+# Whom a job admits that does not admit anyone; addresses in lower case.
+admissions = Table(
+    "admissions",
+    metadata,
+    Column("job", ID, primary_key=True),
+    Column("wallet", ID, primary_key=True),
+    ForeignKeyConstraint(["job"], ["jobs.id"]),
+)
+
+# The keys of a job's sealed files, each wrapped by the owner for this hub; none is ever kept in clear.
+keys = Table(
+    "keys",
+    metadata,
+    Column("job", ID, primary_key=True),
+    Column("digest", String(64), primary_key=True),
+    Column("wrapped", String(400), nullable=False),
+    ForeignKeyConstraint(["job"], ["jobs.id"]),
 )
 
 rounds = Table(

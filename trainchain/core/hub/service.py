@@ -13,6 +13,7 @@ from trainchain.core.hub import schema
 from trainchain.core.hub.store import Row, Store, one
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.objects import ObjectStore
+from trainchain.core.seal import ExchangeKey
 
 log = logging.getLogger(__name__)
 
@@ -105,9 +106,17 @@ class Hub:
     random_hex: Callable[[int], str] = secrets.token_hex
     evaluators: frozenset[str] = frozenset()
     """Wallets of this hub's own evaluating children: nobody else gets an `evaluate` lease."""
+    exchange: ExchangeKey = field(kw_only=True)
+    """What owners wrap the keys of sealed files for; another one after a restart opens none of them."""
     bell: Bell = field(default_factory=Bell)
     _recipes: dict[str, ResolvedRecipe] = field(default_factory=dict)
     _shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+
+    def introduction(self) -> dict[str, str]:
+        """The exchange key, signed by the wallet that the escrow knows the hub by."""
+        public = self.exchange.public
+        message = {"account": self.chain.address, "publicKey": "0x" + public}
+        return {"public_key": public, "signature": self.chain.sign("ExchangeKey", message)}
 
     def recipe(self, job: Row) -> ResolvedRecipe:
         """The job's resolved recipe, parsed once a process."""

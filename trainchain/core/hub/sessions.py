@@ -85,6 +85,14 @@ def wallet_of(hub: Hub, authorization: str | None) -> str:
     raise TrainChainError("session.required", "Sign in with a wallet first: there is no session, or it is over.")
 
 
+def wallet_if_any(hub: Hub, authorization: str | None) -> str | None:
+    """The wallet behind an Authorization header, None where there is no session."""
+    try:
+        return wallet_of(hub, authorization)
+    except TrainChainError:
+        return None
+
+
 def _host(uri: str) -> str:
     try:
         return urlsplit(uri).netloc

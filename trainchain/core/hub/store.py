@@ -58,7 +58,7 @@ class Store:
 
 def _prepare(connection: Any, _: Any) -> None:
     connection.isolation_level = None  # the driver must not open transactions of its own
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 

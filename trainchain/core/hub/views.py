@@ -4,12 +4,15 @@ from typing import Any
 
 from sqlalchemy import func, select
 
-from trainchain.core.hub import jobs, schema
+from trainchain.core.hub import access, jobs, schema
 from trainchain.core.hub.service import Hub
 from trainchain.core.hub.store import Row
 from trainchain.core.rewards import job_price
 
 MAX_EVENTS = 500
+MAX_CONTRIBUTIONS = 1000
+MAX_TOLD = 1_000_000
+"""An answer that holds this many numbers of losses and micro-batches ends with the contribution that they reach."""
 
 
 def summary(hub: Hub, job: Row) -> dict[str, Any]:
@@ -33,10 +36,14 @@ def list_jobs(hub: Hub) -> list[dict[str, Any]]:
     return [summary(hub, job) for job in rows]
 
 
-def show_job(hub: Hub, job_id: str) -> dict[str, Any]:
-    """One job with its rounds, shards, losses, contributions, workers and settlements."""
+def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
+    """One job with its rounds, shards, losses, contributions, workers and settlements.
+
+    What an adapter of a private job answers is shown to the job's owner alone.
+    """
     job = hub.job(job_id)
     recipe = hub.recipe(job)
+    answers = not recipe.private or access.is_owner(job, asker)
     with hub.store.read() as db:
 
         def rows(table: Any, *order: Any) -> list[Row]:
@@ -88,7 +95,7 @@ def show_job(hub: Hub, job_id: str) -> dict[str, Any]:
                 "merge_seconds": row["merge_seconds"],
                 "merge_error": row["merge_error"],
                 "loss": measured["loss"] if measured else None,
-                "samples": measured["samples"] if measured else None,
+                "samples": measured["samples"] if measured and answers else None,
                 "shards": members,
             }
         )
@@ -108,7 +115,13 @@ def show_job(hub: Hub, job_id: str) -> dict[str, Any]:
         "settled_round": job["settled_round"],
         "samples": recipe.samples,
         "evaluations": [
-            {"round": e["round"], "state": e["state"], "loss": e["loss"], "samples": e["samples"]} for e in evaluations
+            {
+                "round": e["round"],
+                "state": e["state"],
+                "loss": e["loss"],
+                "samples": e["samples"] if answers else None,
+            }
+            for e in evaluations
         ],
         "rounds_done": view_rounds,
         "workers": {w: {**v, "reward": str(v["reward"])} for w, v in workers.items()},
@@ -135,6 +148,30 @@ def events_after(hub: Hub, job_id: str, after: int) -> list[dict[str, Any]]:
             {"seq": e["seq"], "at": e["at"], "subject": e["subject"], "event": e["kind"], **e["data"]}
             for e in db.execute(query).mappings()
         ]
+
+
+def contributions_of(hub: Hub, job_id: str, round_: int | None, after: int, limit: int) -> dict[str, Any]:
+    """Accepted contributions (of one round), by round and shard, as they were signed and as they were answered.
+
+    `after` is the `next` of the answer before, which is None where there are no more. Who may not ask for a private
+    job's is for the caller to say (`access.insist_reader`).
+    """
+    table, shards = schema.contributions, hub.recipe(hub.job(job_id)).shards
+    place = (table.c.round - 1) * shards + table.c.shard + 1
+    query = select(table).where(table.c.job == job_id, place > after).order_by(place).limit(limit + 1)
+    if round_ is not None:
+        query = query.where(table.c.round == round_)
+    found: list[dict[str, Any]] = []
+    following, told = None, 0
+    with hub.store.read() as db:
+        for row in db.execute(query).mappings():
+            if len(found) == limit or told >= MAX_TOLD:
+                following = (found[-1]["round"] - 1) * shards + found[-1]["shard"] + 1
+                break
+            plain = {name: row[name] for name in ("lease", "round", "shard", "worker", "delta", "receipt", "accepted")}
+            found.append({**plain, **row["signed"], "reward": str(row["reward"])})
+            told += len(row["signed"]["losses"]) + len(row["signed"]["micro_tokens"])
+    return {"contributions": found, "next": following}
 
 
 def jobs_of(hub: Hub, worker: str) -> list[str]:

@@ -1,0 +1,96 @@
+"""Whom a job admits, and who may read what of it.
+
+Admission is asked in SQL, so that a private job at the front of the queue starves nobody who comes for another.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, and_, insert, or_, select
+
+from trainchain.core.errors import TrainChainError
+from trainchain.core.hub import schema
+from trainchain.core.hub.service import Hub
+from trainchain.core.hub.store import Row
+from trainchain.core.models import ResolvedRecipe
+from trainchain.core.states import Round
+
+
+def admit(db: Connection, job_id: str, owner: str, recipe: ResolvedRecipe) -> None:
+    """Write down whom a new job admits, beside its column `anyone`; see `Access.admits`."""
+    workers = recipe.access.workers
+    if workers == "anyone":
+        return
+    named: Sequence[str] = [owner] if isinstance(workers, str) else workers
+    rows = [{"job": job_id, "wallet": wallet} for wallet in sorted({wallet.lower() for wallet in named})]
+    db.execute(insert(schema.admissions), rows)
+
+
+def admits(wallet: str) -> ColumnElement[bool]:
+    """Whether the job in a row of `jobs` admits this wallet."""
+    named = select(schema.admissions.c.wallet).where(
+        schema.admissions.c.job == schema.jobs.c.id, schema.admissions.c.wallet == wallet.lower()
+    )
+    return or_(schema.jobs.c.anyone, named.correlate(schema.jobs).exists())
+
+
+def insist(hub: Hub, db: Connection, job_id: str, wallet: str) -> None:
+    """Raises `access.denied` unless the job admits the wallet, or it is the hub's own evaluator's."""
+    if wallet in hub.evaluators:
+        return
+    if db.execute(select(schema.jobs.c.id).where(schema.jobs.c.id == job_id, admits(wallet))).first() is None:
+        raise TrainChainError("access.denied", f"Job {job_id} does not admit the wallet {wallet}.")
+
+
+def insist_reader(hub: Hub, job_id: str, wallet: str) -> None:
+    """Raises `access.denied` unless the wallet is the job's owner's, or may work on it."""
+    if not is_owner(hub.job(job_id), wallet):
+        with hub.store.read() as db:
+            insist(hub, db, job_id, wallet)
+
+
+def is_owner(job: Row, wallet: str | None) -> bool:
+    return wallet is not None and bool(job["owner"].lower() == wallet.lower())
+
+
+def may_read(hub: Hub, wallet: str, digest: str) -> bool:
+    """Whether a wallet may read an object that is not public: the job's owner, and whoever the job admits (or the
+    hub's own evaluator) that was ever leased a part of it.
+
+    Held-out data is for the owner and the hub's evaluating child alone: who trains must not see what it is judged by.
+    Nor is a delta for others than its worker before its round is merged: it could be copied.
+    """
+    objects, jobs, leases, rounds = schema.objects, schema.jobs, schema.leases, schema.rounds
+    leased = select(leases.c.id).where(leases.c.job == objects.c.job, leases.c.worker == wallet).exists()
+    unmerged = (
+        select(leases.c.id)
+        .join(rounds, and_(rounds.c.job == leases.c.job, rounds.c.round == leases.c.round))
+        .where(leases.c.id == objects.c.lease, leases.c.worker != wallet, rounds.c.state != Round.MERGED)
+        .correlate(objects)
+        .exists()
+    )
+    admitted: Any = True if wallet in hub.evaluators else admits(wallet)
+    query = (
+        select(jobs)
+        .join(objects, jobs.c.id == objects.c.job)
+        .where(objects.c.digest == digest, objects.c.present)
+        .where(or_(jobs.c.owner == wallet, and_(leased, admitted, ~unmerged)))
+    )
+    with hub.store.read() as db:
+        rows = list(db.execute(query).mappings())
+    return any(
+        job["owner"] == wallet or wallet in hub.evaluators or not hub.recipe(job).only_held_out(digest) for job in rows
+    )
+
+
+def is_public(hub: Hub, digest: str) -> bool:
+    query = select(schema.objects.c.digest).where(
+        schema.objects.c.digest == digest, schema.objects.c.public, schema.objects.c.present
+    )
+    with hub.store.read() as db:
+        return db.execute(query.limit(1)).first() is not None
+
+
+def is_private(hub: Hub, job_id: str) -> bool:
+    """Whether the job's adapters, deltas and answers are for its owner and its workers alone."""
+    return hub.recipe(hub.job(job_id)).private
