@@ -7,7 +7,7 @@ import pytest
 from tests.fixtures_model import chat_rows, make_tokenizer, write_jsonl
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import Counts
-from trainchain.core.train import rows as rows_module
+from trainchain.core.train import tables
 from trainchain.core.train.data import check_counts, count_all, load_documents
 from trainchain.core.train.rows import detect_format, encoder, format_of, read_batches, read_rows
 
@@ -98,7 +98,7 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
 
 
 def test_a_huge_row_is_named_and_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "MAX_ROW", 100)
+    monkeypatch.setattr(tables, "MAX_ROW", 100)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "' + b"x" * 88 + b'"}\n')
     assert len(list(read_rows(path))) == 1
@@ -206,12 +206,25 @@ def test_of_several_templates_the_default_one_is_used() -> None:
         encoder("chat_template", tokenizer)
 
 
-def test_without_an_end_token_documents_have_none() -> None:
+@pytest.mark.parametrize("form", ["text", "prompt_completion"])
+def test_without_an_end_token_no_text_can_be_learned_to_its_end(form: Any) -> None:
     tokenizer = make_tokenizer()
-    wanted = encoder("text", tokenizer)([{"text": "Fish."}])[0][0][:-1]
     tokenizer.eos_token = None
 
-    assert encoder("text", tokenizer)([{"text": "Fish."}]) == [(wanted, [True] * len(wanted))]
+    with pytest.raises(TrainChainError, match=f"no end token, so {form} rows") as caught:
+        encoder(form, tokenizer)
+    assert caught.value.code == "data.format"
+    assert "tokenizer_config.json" in caught.value.hint
+
+
+@pytest.mark.parametrize("form", ["text", "prompt_completion", "chat_template"])
+def test_a_tokenizer_without_a_padding_token_will_do_since_rows_are_packed(form: Any) -> None:
+    row = {"text": "x", "prompt": "x", "completion": "y", "messages": chat_rows(1)[0]["messages"]}
+    wanted = encoder(form, make_tokenizer())([row, row])
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+
+    assert encoder(form, tokenizer)([row, row]) == wanted
 
 
 def test_a_row_the_template_refuses_is_named(tmp_path: Path) -> None:
