@@ -271,32 +271,26 @@ def test_an_upload_starts_again_from_its_beginning(server: Server, client: HubCl
     assert {headers["content-length"] for _, path, headers, _ in server.asked if path == "/put"} == {str(len(data))}
 
 
-@pytest.mark.parametrize("told", [b"tampered", b"", b"good and more"])
-def test_a_download_of_other_bytes_never_gets_the_name(
-    server: Server, client: HubClient, tmp_path: Path, told: bytes
-) -> None:
-    lets_in(server)
-    digest = sha256(b"good")
-    server.answers[f"/v1/objects/{digest}"] = lambda: (200, told, {})
-
-    error = failure(client.download, digest, tmp_path / "object", size=4)
-
-    assert (error.code, error.exit_code) == ("object.digest", 4)
-    assert list(tmp_path.iterdir()) == [], "nothing half done is left"
+def ranges(server: Server) -> list[str | None]:
+    """Which parts of an object were asked for."""
+    asked = [headers for _, path, headers, _ in server.asked if path.startswith("/v1/objects/")]
+    return [{name.lower(): value for name, value in headers.items()}.get("range") for headers in asked]
 
 
-def test_a_download_that_breaks_off_leaves_nothing(server: Server, client: HubClient, tmp_path: Path) -> None:
-    lets_in(server)
-    digest = sha256(b"good")
-    server.answers[f"/v1/objects/{digest}"] = lambda: (200, b"go", {"content-length": "4", "connection": "close"})
-
-    error = failure(client.download, digest, tmp_path / "object")
-
-    assert (error.code, error.exit_code) == ("hub.unreachable", 3)
-    assert list(tmp_path.iterdir()) == []
+def broken(data: bytes, size: int) -> Answer:
+    return 200, data, {"content-length": str(size), "connection": "close"}
 
 
-def test_a_good_download_gets_its_name_and_is_counted(server: Server, client: HubClient, tmp_path: Path) -> None:
+def part(data: bytes, start: int, size: int, *, length: int | None = None) -> Answer:
+    left = str(size - start if length is None else length)
+    return (
+        206,
+        data,
+        {"content-range": f"bytes {start}-{size - 1}/{size}", "content-length": left, "connection": "close"},
+    )
+
+
+def test_a_download_arrives_whole_and_is_counted(server: Server, client: HubClient, tmp_path: Path) -> None:
     lets_in(server)
     data = b"a" * 3_000_000
     server.answers[f"/v1/objects/{sha256(data)}"] = lambda: (200, data, {})
@@ -306,7 +300,80 @@ def test_a_good_download_gets_its_name_and_is_counted(server: Server, client: Hu
 
     assert (tmp_path / "object").read_bytes() == data
     assert client.received - before >= len(data)
-    assert [path.name for path in tmp_path.iterdir()] == ["object"]
+
+
+def test_a_download_goes_on_where_it_broke(
+    server: Server, client: HubClient, tmp_path: Path, slept: list[float]
+) -> None:
+    lets_in(server)
+    digest = sha256(b"0123456789")
+    server.answers[f"/v1/objects/{digest}"] = [broken(b"0123", 10), part(b"456", 4, 10), part(b"789", 7, 10)]
+
+    client.download(digest, tmp_path / "object", size=10)
+
+    assert (tmp_path / "object").read_bytes() == b"0123456789"
+    assert ranges(server) == [None, "bytes=4-", "bytes=7-"]
+    assert len(slept) == 2
+
+
+def test_a_download_that_gets_nowhere_is_given_up_and_leaves_what_came(
+    server: Server, client: HubClient, tmp_path: Path
+) -> None:
+    lets_in(server)
+    digest = sha256(b"good")
+    server.answers[f"/v1/objects/{digest}"] = lambda: broken(b"go", 4)  # as a hub that knows no ranges
+
+    error = failure(client.download, digest, tmp_path / "object", size=4)
+
+    assert (error.code, error.exit_code) == ("hub.unreachable", 3)
+    assert (tmp_path / "object").read_bytes() == b"go"
+    assert len(ranges(server)) == ATTEMPTS
+
+
+def test_what_a_process_left_is_gone_on_from(server: Server, client: HubClient, tmp_path: Path) -> None:
+    lets_in(server)
+    digest = sha256(b"0123456789")
+    (tmp_path / "object").write_bytes(b"01234567")
+    server.answers[f"/v1/objects/{digest}"] = [part(b"89", 8, 10)]
+
+    client.download(digest, tmp_path / "object", size=10)
+    client.download(digest, tmp_path / "object", size=10)  # nothing is left to ask for
+
+    assert (tmp_path / "object").read_bytes() == b"0123456789"
+    assert ranges(server) == ["bytes=8-"]
+
+
+@pytest.mark.parametrize(("size", "end"), [(6, b"012345"), (4, b"0123")], ids=["whole already", "too long"])
+def test_what_lies_beyond_the_end_of_an_object_is_no_riddle(
+    server: Server, client: HubClient, tmp_path: Path, size: int, end: bytes
+) -> None:
+    lets_in(server)
+    (tmp_path / "object").write_bytes(b"012345")
+    server.answers[f"/v1/objects/{sha256(end)}"] = [problem("http.range", 416, size=size), (200, end, {})]
+
+    client.download(sha256(end), tmp_path / "object", size=10)
+
+    assert (tmp_path / "object").read_bytes() == end
+
+
+def test_a_part_that_was_not_asked_for_is_not_taken(server: Server, client: HubClient, tmp_path: Path) -> None:
+    lets_in(server)
+    (tmp_path / "object").write_bytes(b"0123")
+    server.answers[f"/v1/objects/{sha256(b'x')}"] = [part(b"0123456789", 0, 10)]
+
+    assert failure(client.download, sha256(b"x"), tmp_path / "object", size=10).code == "hub.not_a_hub"
+    assert (tmp_path / "object").read_bytes() == b"0123"
+
+
+def test_no_more_is_taken_than_an_object_may_have(server: Server, client: HubClient, tmp_path: Path) -> None:
+    lets_in(server)
+    digest = sha256(b"good")
+    server.answers[f"/v1/objects/{digest}"] = lambda: (200, b"good and more", {})
+
+    error = failure(client.download, digest, tmp_path / "object", size=4)
+
+    assert (error.code, error.exit_code) == ("object.digest", 4)
+    assert (tmp_path / "object").stat().st_size <= 4
 
 
 def test_a_small_object_is_checked_too(server: Server, client: HubClient) -> None:

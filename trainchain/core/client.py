@@ -1,8 +1,6 @@
 """The hub's verbs over HTTP, for owners and workers: bounded retries, the hub's own words for errors."""
 
-import os
 import random
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -12,7 +10,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from trainchain.core.digests import CHUNK, sha256, sha256_file
+from trainchain.core.digests import CHUNK, sha256
 from trainchain.core.errors import CODES, TrainChainError
 from trainchain.core.models import PROTOCOL
 
@@ -100,30 +98,47 @@ class HubClient:
         headers = {"content-length": str(size)}
         return self._document(self._request("PUT", path, signed=True, content=chunks, headers=headers))
 
-    def download(self, digest: str, target: Path, *, size: int | None = None) -> None:
-        """Fetch an object into `target`, checked against its digest before it gets that name.
+    def download(self, digest: str, partial: Path, *, size: int) -> None:
+        """Bring an object of at most `size` bytes into `partial`, on from the bytes that lie there already.
 
-        Raises `object.digest` where the bytes are others, or more than `size`.
+        A connection that breaks is opened again where it broke, as long as that gets anywhere. What came is not
+        checked against the digest: that is the caller's to do. Raises `object.digest` where more than `size` come.
         """
-        data_path = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
-        received = 0
+        stuck = 0
+        while (have := _size(partial)) < size:
+            try:
+                self._append(digest, partial, have, size)
+                return
+            except _BrokenOff:
+                stuck = 0 if _size(partial) > have else stuck + 1
+                if stuck + 1 >= self.attempts:
+                    raise
+                self._sleep(min(0.2 * 2**stuck, 5.0))
+
+    def _append(self, digest: str, partial: Path, have: int, size: int) -> None:
+        headers = {"accept-encoding": "identity"} | ({"range": f"bytes={have}-"} if have else {})
+        signed = self._sign_in is not None
         try:
-            with self._stream(f"/v1/objects/{digest}") as chunks, data_path.open("wb") as file:
+            answer = self._request("GET", f"/v1/objects/{digest}", signed=signed, stream=True, headers=headers)
+        except TrainChainError as error:
+            if error.code != "http.range":
+                raise
+            if error.facts.get("size") != have:
+                partial.unlink()
+                self._append(digest, partial, 0, size)
+            return
+        with _Streaming(answer) as chunks:
+            goes_on = answer.status_code == 206
+            if goes_on and not answer.headers.get("content-range", "").startswith(f"bytes {have}-"):
+                raise TrainChainError("hub.not_a_hub", f"{self.url} sent another part of {digest} than was asked for.")
+            received = have if goes_on else 0
+            with partial.open("ab" if goes_on else "wb", buffering=0) as file:
                 for chunk in chunks:
                     received += len(chunk)
                     self.received += len(chunk)
-                    if size is not None and received > size:
+                    if received > size:
                         raise TrainChainError("object.digest", f"The hub sent more than the {size} bytes of {digest}.")
                     file.write(chunk)
-            if (found := sha256_file(data_path)) != digest:
-                raise TrainChainError(
-                    "object.digest",
-                    f"The hub sent other bytes than {digest}: they are {found}.",
-                    hint="Try again; if it stays so, do not trust this hub.",
-                )
-            data_path.replace(target)
-        finally:
-            data_path.unlink(missing_ok=True)
 
     def object(self, digest: str, *, cap: int = 64 << 20) -> bytes:
         """A small public object, checked against its digest."""
@@ -151,9 +166,6 @@ class HubClient:
                 hint="Check the address after --hub.",
             )
         return found
-
-    def _stream(self, path: str) -> "_Streaming":
-        return _Streaming(self._request("GET", path, signed=True, stream=True))
 
     def _request(
         self,
@@ -233,6 +245,10 @@ class HubClient:
         return self._token
 
 
+class _BrokenOff(TrainChainError):
+    """A connection that ended in the middle of an answer."""
+
+
 class _Streaming:
     """The chunks of a streamed answer; a break in the middle is `hub.unreachable`."""
 
@@ -244,12 +260,16 @@ class _Streaming:
 
     def _chunks(self) -> Iterator[bytes]:
         try:
-            yield from self._answer.iter_bytes(CHUNK)
+            yield from self._answer.iter_bytes()  # in no larger pieces than they come in: none is lost in a break
         except (httpx.RequestError, OSError) as error:
-            raise TrainChainError("hub.unreachable", f"A download broke off: {error}.") from None
+            raise _BrokenOff("hub.unreachable", f"A download broke off: {error}.") from None
 
     def __exit__(self, *_: object) -> None:
         self._answer.close()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _is_address(url: str) -> bool:

@@ -18,8 +18,9 @@ from trainchain.core.rewards import shard_reward
 from trainchain.core.settings import private_folder, write_private
 from trainchain.core.states import Job
 from trainchain.core.worker.bench import Bench, remove
+from trainchain.core.worker.cache import Cache
 from trainchain.core.worker.child import Child
-from trainchain.core.worker.files import Cache, JobFiles
+from trainchain.core.worker.files import JobFiles, job_files
 from trainchain.core.worker.fleet import Quota, Stopped
 from trainchain.core.worker.heart import OVER, Heart
 
@@ -76,9 +77,10 @@ class Worker:
         self._micro_tokens = micro_tokens
         self._fitting: dict[str, int] = {}
         """Jobs whose shards did not fit: how many tokens at once are tried next."""
-        self._cache = Cache(home / "cache")
+        self._cache = Cache(home / "cache", on_event=on_event)
         self._bench = Bench(home / "work" / device)
-        self._open: str | None = None
+        self._open: tuple[str, str, bool, JobFiles] | None = None
+        """The job that the child has open: its id, its recipe's digest, whether with held-out data, its files."""
         self._failures = 0
         self._stopping = threading.Event()
         self.busy = False
@@ -167,19 +169,25 @@ class Worker:
                 self.busy = False
 
     def _prepare(self, lease: Lease) -> JobFiles:
-        files = self._cache.job(self._client, lease.job, lease.spec_hash, held_out=lease.kind == "evaluate")
-        if self._open != lease.job or not self._child.alive:
-            request = {
-                "op": "open",
-                **files.for_child(),
-                "cache": str(self._cache.tokens),
-                "checkpointing": self._checkpointing,
-                "micro_tokens": self._fitting.get(lease.job, self._micro_tokens),
-            }
-            self._open = None
-            for _ in self._ask(request):
-                pass
-            self._open = lease.job
+        """The job's files, with the job open in the child: fetched and hashed when it opens, not for every lease."""
+        judges = lease.kind == "evaluate"
+        if self._open is not None and self._child.alive:
+            job, spec_hash, may_judge, files = self._open
+            if (job, spec_hash) == (lease.job, lease.spec_hash) and (may_judge or not judges):
+                return files
+        self._open = None
+        files = job_files(self._cache, self._client, lease.job, lease.spec_hash, held_out=judges)
+        tokens = None if files.recipe.private else self._cache.tokens
+        request = {
+            "op": "open",
+            **files.for_child(),
+            "cache": None if tokens is None else str(tokens),
+            "checkpointing": self._checkpointing,
+            "micro_tokens": self._fitting.get(lease.job, self._micro_tokens),
+        }
+        for _ in self._ask(request):
+            pass
+        self._open = (lease.job, lease.spec_hash, judges, files)
         return files
 
     def _evaluate(self, lease: Lease, files: JobFiles) -> None:
@@ -192,7 +200,9 @@ class Worker:
 
     def _start(self, lease: Lease, recipe: ResolvedRecipe) -> Path:
         """The adapter a lease starts from: as large as the job's initial one, since it has the same tensors."""
-        return self._cache.object(self._client, lease.start, recipe.lora.initial.size)
+        place = self._cache.private(lease.job) if recipe.private else self._cache
+        belongs = f"adapter of {recipe.name}, round {lease.round}"
+        return place.object(self._client, lease.start, recipe.lora.initial.size, belongs=belongs)
 
     def _train(self, lease: Lease, files: JobFiles, heart: Heart) -> None:
         """Train the shard, on from what an earlier lease of it left, and hand it in."""

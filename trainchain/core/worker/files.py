@@ -1,17 +1,32 @@
-"""The worker's copy of a job's files: fetched by digest, hashed by us before every use, laid out for the trainer."""
+"""A job's files on the worker: fetched into its cache, hashed there, and laid out for the trainer.
 
+Base and data come from the source that the recipe pins, with the worker's own token, or from the hub. A private job
+has a cache of its own, and of sealed files only the ciphertexts lie there.
+"""
+
+import json
 import os
 import shutil
-import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainchain.core.client import HubClient
-from trainchain.core.digests import canonical_json, sha256, sha256_file
+from trainchain.core.digests import canonical_json, sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import FileRef, ResolvedRecipe, parse
 from trainchain.core.settings import private_folder
+from trainchain.core.worker.cache import LAST, Cache, odd_file
+from trainchain.core.worker.room import FOLDERS, delete, full_disk
+
+JOB, LEASE, MODEL = "job", "lease", "model"
+"""What a worker uses: while a job is open; for the present lease; while a model folder is made of no hard links."""
+INDEX = ".safetensors.index.json"
+LARGEST_INDEX = 64 << 20
+
+Unseal = Callable[[FileRef, Path, Path], None]
+"""(what it is, the ciphertext, where to put what it holds)."""
 
 
 @dataclass(frozen=True)
@@ -32,60 +47,174 @@ class JobFiles:
         }
 
 
-class Cache:
-    """One folder of objects named by digest; nothing in it is used before its hash was checked again."""
+def job_files(
+    cache: Cache,
+    client: HubClient,
+    job_id: str,
+    spec_hash: str,
+    *,
+    held_out: bool,
+    unseal: Unseal | None = None,
+) -> JobFiles:
+    """What it takes to open a job; held-out data only to measure with, since nobody else is given it.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = private_folder(folder)
-        self.tokens = private_folder(folder / "tokens")
-        """Where training children keep a job's tokenised data."""
-        self._checked: set[str] = set()
+    Every byte is hashed now, so call this once for each time the job is opened. `unseal` is asked for each file of a
+    sealed base. The files are in use until the next job's. Raises `object.digest` where the hub's recipe is not the
+    one in escrow, `source.incomplete` where a model's index names files that the job has not, and what
+    `Cache.object`, `Cache.file` and `Cache.hold` raise.
+    """
+    known = cache.private(job_id) if job_id in cache.private_jobs() else cache
+    data = known.read(spec_hash) or client.object(spec_hash)
+    recipe = parse(ResolvedRecipe, data, code="job.invalid", what=f"The recipe of {job_id}")
+    if recipe.spec_hash != spec_hash:
+        raise TrainChainError("object.digest", f"The recipe of {job_id} is not in its canonical form.")
+    place = cache.private(job_id) if recipe.private else cache
+    sealed = recipe.sealed.base if recipe.sealed else []
+    base = recipe.base_model.files
+    _check_names(job_id, [*base, *sealed])
+    sets = [*recipe.datasets, *([recipe.held_out.dataset] if held_out and recipe.held_out else [])]
+    rows = [(entry.source, entry.file) for entry in sets if entry.file is not None]
+    model = _folder_name(base or sealed)
+    sizes = {ref.sha256: ref.size for ref in (*base, *sealed, *(ref for _, ref in rows))}
+    cache.let_go(LAST, LEASE, MODEL)
+    place.hold(JOB, sizes | {spec_hash: len(data)}, models={model: sum(ref.size for ref in sealed)})
 
-    def object(self, client: HubClient, digest: str, size: int | None = None) -> Path:
-        """The path of an object, fetched if it is not here or not what it should be."""
-        path = self.folder / "objects" / digest[:2] / digest[2:]
-        private_folder(path.parent)
-        if digest in self._checked and path.exists():
-            return path
-        if not path.exists() or sha256_file(path) != digest:
-            client.download(digest, path, size=size)
-        self._checked.add(digest)
-        return path
+    def bring(source: str | None, ref: FileRef) -> Path:
+        belongs = f"{ref.name} of {source or recipe.name}"
+        if source is None:
+            return place.object(client, ref.sha256, ref.size, belongs=belongs)
+        return place.file(source, ref, belongs=belongs)
 
-    def job(self, client: HubClient, job_id: str, spec_hash: str, *, held_out: bool) -> JobFiles:
-        """What a lease of a job needs; held-out data only to measure with, since nobody else is given it.
-
-        Raises `object.digest` where the hub's recipe is not the one in escrow.
-        """
-        path = self.object(client, spec_hash)
-        recipe = parse(ResolvedRecipe, path.read_bytes(), code="job.invalid", what=f"The recipe of {job_id}")
-        if recipe.spec_hash != spec_hash:
-            raise TrainChainError("object.digest", f"The recipe of {job_id} is not in its canonical form.")
-        files = [dataset.file for dataset in recipe.datasets if dataset.file]
-        if held_out and recipe.held_out is not None and recipe.held_out.dataset.file:
-            files.append(recipe.held_out.dataset.file)
-        data = {ref.sha256: self.object(client, ref.sha256, ref.size) for ref in files}
-        return JobFiles(recipe, path, self._model(client, recipe.base_model.files), data)
-
-    def _model(self, client: HubClient, files: list[FileRef]) -> Path:
-        """A folder that holds the base's files under their names and nothing else."""
-        name = sha256(canonical_json([ref.model_dump() for ref in files]))
-        folder = self.folder / "models" / name
-        sources = [(ref, self.object(client, ref.sha256, ref.size)) for ref in files]
-        if not folder.exists():
-            making = private_folder(self.folder / "models" / f".{name}.{os.getpid()}.{threading.get_ident()}")
-            for ref, source in sources:
-                _link(source, making / ref.name)
-            try:
-                making.rename(folder)
-            except OSError:  # another worker of this home was first
-                shutil.rmtree(making)
-        return folder
+    path = place.keep(spec_hash, data, belongs=f"recipe of {recipe.name}")
+    source = recipe.base_model.source
+    for ref in base:
+        bring(source, ref)
+    if sealed:
+        parts = {ref.name: bring(None, ref) for ref in sealed}
+        folder = _unsealed_folder(place, model, sealed, parts, unseal, f"model of {recipe.name}")
+    else:
+        folder = model_folder(place, base, belongs=f"model {source or 'of ' + recipe.name}")
+    _check_index(folder)
+    return JobFiles(recipe, path, folder, {ref.sha256: bring(source, ref) for source, ref in rows})
 
 
-def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
+def sealed_files(
+    cache: Cache,
+    client: HubClient,
+    job_id: str,
+    recipe: ResolvedRecipe,
+    round_: int,
+    shard: int | None,
+    *,
+    held_out: bool,
+) -> dict[str, Path]:
+    """The ciphertexts of one lease of a sealed job by their digests, in its private cache, hashed just now.
+
+    The block of `shard`, if one is named, and the held-out data to measure with. They are in use until the next lease.
+    """
+    if recipe.sealed is None:
+        return {}
+    refs = [] if shard is None else [recipe.sealed.blocks[round_ - 1][shard]]
+    refs += [recipe.sealed.held_out] if held_out and recipe.sealed.held_out else []
+    place = cache.private(job_id)
+    place.hold(LEASE, {ref.sha256: ref.size for ref in refs})
+    return {
+        ref.sha256: place.object(client, ref.sha256, ref.size, belongs=f"{ref.name} of {recipe.name}") for ref in refs
+    }
+
+
+def model_folder(cache: Cache, files: Sequence[FileRef], *, belongs: str) -> Path:
+    """A folder with the objects of `files` under their names and nothing else, links to them where the disk can.
+
+    Looked through on every use: where anything was put in, taken out or exchanged, it is made anew.
+    """
+    name = _folder_name(files)
+    wanted = {ref.name: ref.sha256 for ref in files}
+    folder = cache.folder / FOLDERS["model"] / name
+    with cache.lock(name):
+        odd = odd_file(cache.folder, name, wanted) if folder.is_dir() else None
+        if odd is not None:
+            cache.tell("damaged", name=odd, where=f"the model folder {folder}", digest=wanted.get(odd), found="another")
+        if odd is not None or not folder.is_dir():
+
+            def put(target: Path) -> None:
+                source = _object(cache, wanted[target.name])
+                try:
+                    target.hardlink_to(source)
+                except OSError:  # a disk without links
+                    cache.hold(MODEL, {}, models={name: sum(ref.size for ref in files)})
+                    shutil.copyfile(source, target)
+
+            _make(cache, folder, list(wanted), put)
+            cache.note(name, {"belongs": belongs, "files": wanted})
+        cache.touch(folder)
+    return folder
+
+
+def _unsealed_folder(
+    cache: Cache,
+    name: str,
+    files: Sequence[FileRef],
+    parts: Mapping[str, Path],
+    unseal: Unseal | None,
+    belongs: str,
+) -> Path:
+    """The model folder of a sealed base, made anew from its ciphertexts every time: nothing else says what it was."""
+    if unseal is None:
+        raise TrainChainError("key.invalid", "The base model of this job is sealed, and there is no key for it.")
+    folder = cache.folder / FOLDERS["model"] / name
+    named = {ref.name: ref for ref in files}
+    with cache.lock(name):
+        _make(cache, folder, list(named), lambda target: unseal(named[target.name], parts[target.name], target))
+        cache.note(name, {"belongs": belongs})
+    return folder
+
+
+def _make(cache: Cache, folder: Path, names: Sequence[str], put: Callable[[Path], None]) -> None:
+    """Put the files into a new folder, and that in the place of `folder`. Called under the folder's lock."""
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        delete(left)
+    making = private_folder(private_folder(folder.parent) / f".{folder.name}.{os.urandom(4).hex()}")
     try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
+        with full_disk(folder, "its files were laid out"):
+            for name in names:
+                put(making / name)
+        delete(folder)
+        making.rename(folder)
+    finally:
+        delete(making)
+
+
+def _folder_name(files: Sequence[FileRef]) -> str:
+    return sha256(canonical_json([[ref.name, ref.sha256] for ref in files]))
+
+
+def _object(cache: Cache, digest: str) -> Path:
+    return cache.folder / FOLDERS["object"] / digest[:2] / digest[2:]
+
+
+def _check_names(job_id: str, files: Sequence[FileRef]) -> None:
+    """No two files of a model may be one on any disk, as `A` and `a` are on some."""
+    seen: dict[str, str] = {}
+    for ref in files:
+        if (other := seen.get(ref.name.casefold())) is not None:
+            raise TrainChainError("job.invalid", f"The base model of {job_id} has both {other!r} and {ref.name!r}.")
+        seen[ref.name.casefold()] = ref.name
+
+
+def _check_index(folder: Path) -> None:
+    """Raises `source.incomplete` where the index of the model's shards names one that is not there."""
+    for path in sorted(folder.glob(f"*{INDEX}")):
+        try:
+            if path.stat().st_size > LARGEST_INDEX:
+                raise ValueError
+            named = {str(name) for name in json.loads(path.read_bytes())["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise TrainChainError("model.unreadable", f"The model's {path.name} is not an index of shards.") from None
+        if missing := sorted(named - {there.name for there in folder.iterdir()}):
+            raise TrainChainError(
+                "source.incomplete",
+                f"The model's {path.name} names {missing[0][:200]!r}, which is not among the job's files"
+                f"{f', nor are {len(missing) - 1} more' if len(missing) > 1 else ''}.",
+                hint="The job was published with a part of its model; its owner has to publish it again.",
+            )
