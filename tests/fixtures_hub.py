@@ -1,6 +1,7 @@
 """A real hub on loopback over an embedded chain: time stands still and its ticks are called by hand. No torch."""
 
 import secrets
+import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from trainchain.chain.signin import SignIn, sign_in
 from trainchain.chain.wallet import Wallet
 from trainchain.cli.bridge import HubChain
 from trainchain.cli.hub_process import _bind as bind
+from trainchain.core import seal
 from trainchain.core.adapter import Adapter, adapter_bytes, read_adapter
 from trainchain.core.client import HubClient
 from trainchain.core.digests import sha256
@@ -41,6 +43,7 @@ from trainchain.core.models import (
     Merge,
     Pay,
     ResolvedRecipe,
+    Sealed,
     Training,
 )
 from trainchain.core.objects import ObjectStore
@@ -167,6 +170,54 @@ def recipe(
 
 
 @dataclass
+class SealedFiles:
+    """What an owner has sealed: the ciphertexts by their digests, and the identity that opens each."""
+
+    refs: Sealed
+    ciphertexts: dict[str, bytes]
+    identities: dict[str, str]
+
+
+def seal_files(*, rounds: int, shards: int, held_out: bool, base: bool) -> SealedFiles:
+    """Tiny files that nobody else has, sealed as a private job's are."""
+    ciphertexts, identities = {}, {}
+
+    def one(name: str) -> FileRef:
+        identity = seal.new_identity()
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / name
+            seal.seal(f"{name} {secrets.token_hex(8)}".encode(), target, identity)
+            data = target.read_bytes()
+        made = ref(name, data)
+        ciphertexts[made.sha256], identities[made.sha256] = data, identity
+        return made
+
+    refs = Sealed(
+        blocks=[[one(f"block-{r + 1}-{s}.age") for s in range(shards)] for r in range(rounds)],
+        held_out=one("held-out.age") if held_out else None,
+        base=[one("config.json"), one("model.safetensors")] if base else [],
+    )
+    return SealedFiles(refs, ciphertexts, identities)
+
+
+def sealed_recipe(files: SealedFiles, *, workers: Any = "anyone", keys: str = "hub", **options: Any) -> ResolvedRecipe:
+    """A private job's resolved recipe by hand: `workers` as `Access` has them."""
+    rounds, shards = len(files.refs.blocks), len(files.refs.blocks[0])
+    hidden = DataSet(source=None, file=None, format="text", rows=9)
+    distant = FileRef(name="model.safetensors", sha256="ab" * 32, size=9, path="model.safetensors")
+    source = "hf://org/name@" + "12" * 20
+    base = Base(source=None, license=None, files=[])
+    values: dict[str, Any] = {
+        "base_model": base if files.refs.base else Base(source=source, license="mit", files=[distant]),
+        "datasets": [hidden],
+        "held_out": HeldOut(dataset=hidden, rows=3, tokens=40, supervised=30) if files.refs.held_out else None,
+        "access": Access(workers=workers, keys=keys),
+        "sealed": files.refs,
+    }
+    return recipe(job_files(), rounds=rounds, shards=shards, **{**values, **options})
+
+
+@dataclass
 class Town:
     """One hub, its chain, and everybody who deals with it."""
 
@@ -259,14 +310,53 @@ class Town:
         **options: Any,
     ) -> "Job":
         """Publish a job over HTTP and fund it in the real escrow. `escrow` 0 leaves it without one."""
-        owner = owner or self.owner
         files = files if files is not None else job_files(held_out=held_out)
-        made = recipe(files, **options)
+        return self.open(recipe(files, **options), files, owner or self.owner, upload=upload, escrow=escrow)
+
+    def publish_sealed(
+        self,
+        *,
+        owner: "Person | None" = None,
+        escrow: int | None = None,
+        rounds: int = 2,
+        shards: int = 2,
+        held_out: bool = False,
+        base: bool = True,
+        **options: Any,
+    ) -> "Job":
+        """Seal, publish and fund a private job: every key wrapped for the hub."""
+        owner = owner or self.owner
+        sealed = seal_files(rounds=rounds, shards=shards, held_out=held_out, base=base)
+        return self.open(sealed_recipe(sealed, **options), {}, owner, escrow=escrow, sealed=sealed)
+
+    def wrapped(self, job_id: str, identities: Mapping[str, str], **changes: Any) -> dict[str, str]:
+        """Each identity as an owner wraps it for this hub."""
+        values = {"chain": self.chain.chain_id, "hub": self.keys.address, "public": self.hub.exchange.public, **changes}
+        return {
+            digest: seal.wrap(identity, values["public"], seal.for_hub(values["chain"], job_id, digest, values["hub"]))
+            for digest, identity in identities.items()
+        }
+
+    def open(
+        self,
+        made: ResolvedRecipe,
+        files: Mapping[str, bytes],
+        owner: "Person",
+        *,
+        upload: bool = True,
+        escrow: int | None = None,
+        sealed: SealedFiles | None = None,
+    ) -> "Job":
+        """Publish a recipe over HTTP, bring its files, and fund it."""
         salt = "0x" + secrets.token_hex(32)
-        answer = owner.post("/v1/jobs", {"recipe": made.model_dump(mode="json"), "salt": salt}).json()
-        job = Job(self, owner, made, answer["job"], salt, dict(files))
+        document: dict[str, Any] = {"recipe": made.model_dump(mode="json"), "salt": salt}
+        if sealed is not None:
+            document["keys"] = self.wrapped(self.chain.job_id(owner.address, salt), sealed.identities)
+        answer = owner.post("/v1/jobs", document).raise_for_status().json()
+        job = Job(self, owner, made, answer["job"], salt, dict(files), sealed.identities if sealed else {})
         if upload:
             bytes_of = {sha256(data): data for data in [*files.values(), INITIAL]}
+            bytes_of |= sealed.ciphertexts if sealed else {}
             for digest in answer["missing"]:
                 owner.put(f"/v1/jobs/{job.id}/objects/{digest}", bytes_of[digest]).raise_for_status()
         if escrow != 0:
@@ -290,6 +380,13 @@ class Job:
     id: str
     salt: str
     files: dict[str, bytes]
+    identities: dict[str, str] = field(default_factory=dict)
+    """Of a sealed job: what opens each of its sealed files."""
+
+    @property
+    def sealed(self) -> Sealed:
+        assert self.recipe.sealed is not None
+        return self.recipe.sealed
 
     def create_escrow(self, amount: int, **changes: Any) -> None:
         town, pay = self.town, self.recipe.pay
@@ -332,6 +429,7 @@ class Person:
         self.town = town
         self.wallet = wallet
         self.address = wallet.address
+        self.exchange = seal.ExchangeKey(secrets.token_bytes(32))
         self._session = ("", 0.0)
 
     @property
@@ -386,6 +484,28 @@ class Person:
 
     def settings(self, home: Path) -> Settings:
         return Settings(home, self.town.url)
+
+    def exchange_request(
+        self, *, exchange: seal.ExchangeKey | None = None, by: Wallet | None = None, account: str | None = None
+    ) -> dict[str, str]:
+        """This worker's exchange key, signed by its wallet."""
+        public = (exchange or self.exchange).public
+        domain = Domain(self.town.chain.chain_id, self.town.chain.escrow)
+        message = {"account": account or self.address, "publicKey": "0x" + public}
+        return {"public_key": public, "signature": (by or self.wallet).sign_typed(domain, "ExchangeKey", message)}
+
+    def ask_keys(self, lease: Mapping[str, Any], document: Any = None) -> httpx.Response:
+        return self.post(f"/v1/leases/{lease['lease']}/keys", document or self.exchange_request())
+
+    def opened(self, lease: Mapping[str, Any], answer: httpx.Response) -> dict[str, str]:
+        """The identities that an answer gives this worker for this lease, by the digest of what they open."""
+        chain, place = self.town.chain.chain_id, (lease["job"], lease["round"], lease["shard"], lease["lease"])
+        return {
+            key["digest"]: self.exchange.unwrap(
+                key["wrapped"], seal.for_lease(chain, *place, key["digest"], self.address)
+            )
+            for key in answer.raise_for_status().json()["keys"]
+        }
 
     def lease(self, job: Job | None = None) -> dict[str, Any] | None:
         answer = self.post("/v1/leases", {"job": job.id} if job else {}).raise_for_status()

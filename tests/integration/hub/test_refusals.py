@@ -623,13 +623,14 @@ ROUTES = [
     ("PUT", "/v1/leases/{lease}/objects/{digest}"),
     ("POST", "/v1/leases/{lease}/contribution"),
     ("POST", "/v1/leases/{lease}/evaluation"),
+    ("POST", "/v1/leases/{lease}/keys"),
 ]
 
 
 @pytest.fixture(scope="module")
 def target(town: Town) -> Case:
-    """A job with a held lease of its own, to throw things at."""
-    anna, job = town.person(), town.publish(rounds=1, shards=1, round_deadline=AGES, pay_deadline=AGES)
+    """A private job with a held lease of its own, to throw things at."""
+    anna, job = town.person(), town.publish_sealed(rounds=1, shards=1, round_deadline=AGES, pay_deadline=AGES)
     return Case(town, job, anna, town.person(), anna.must_lease(job), adapter_bytes(numbers(5)))
 
 
@@ -641,11 +642,16 @@ def good_documents(case: Case) -> dict[str, Any]:
         "/v1/session": {"fields": {**fields, "uri": case.town.url}, "signature": "0x" + "11" * 65},
         "/v1/faucet": {"tokens": False},
         "/chain": {"jsonrpc": "2.0", "id": 1, "method": "eth_call", "params": [call, "latest"]},
-        "/v1/jobs": {"recipe": case.job.recipe.model_dump(mode="json"), "salt": NEVER},
-        "/v1/leases": {"job": case.job.id, "wait": 0.0},
+        "/v1/jobs": {
+            "recipe": case.job.recipe.model_dump(mode="json"),
+            "salt": NEVER,
+            "keys": case.town.wrapped(case.town.chain.job_id(case.anna.address, NEVER), case.job.identities),
+        },
+        "/v1/leases": {"job": case.job.id, "skip": [NEVER], "wait": 0.0},
         "/v1/leases/{lease}/beat": {"step": 1, "steps": 2, "tokens_per_second": 1.0},
         "/v1/leases/{lease}/contribution": case.document(),
         "/v1/leases/{lease}/evaluation": {"loss": 1.0, "samples": ["an answer"]},
+        "/v1/leases/{lease}/keys": case.anna.exchange_request(),
     }
 
 
@@ -658,6 +664,14 @@ def send(case: Case, method: str, path: str, body: bytes) -> int:
 @given(st.sampled_from(ROUTES), st.binary(max_size=300) | VALUES.map(lambda value: json.dumps(value).encode()))
 def test_no_bytes_whatever_make_a_route_fail(target: Case, route: tuple[str, str], body: bytes) -> None:
     assert send(target, *route, body) < 500
+
+
+def test_the_good_documents_are_good(target: Case) -> None:
+    """Or what is changed in them would be refused for something else."""
+    documents = good_documents(target)
+
+    for path in ("/v1/jobs", "/v1/leases", "/v1/leases/{lease}/beat", "/v1/leases/{lease}/keys"):
+        assert send(target, "POST", path, json.dumps(documents[path]).encode()) < 300, path
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
