@@ -1,0 +1,79 @@
+"""What the Hub's listings and cards say, read without asking it anything more."""
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from trainchain.core.digests import is_digest
+from trainchain.core.errors import TrainChainError
+from trainchain.core.sources.address import HubAddress
+from trainchain.core.sources.found import DATA_FILES, FoundFile
+
+
+def file_of(entry: dict[str, Any]) -> FoundFile:
+    """An entry of a listing. Raises ValueError for what is none."""
+    lfs = entry.get("lfs")
+    known = lfs if isinstance(lfs, dict) else {}
+    size = known.get("size", entry.get("size"))
+    digest = known.get("oid")
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**63:
+        raise ValueError("a file without a size")
+    return FoundFile(entry["path"], size, digest if isinstance(digest, str) and is_digest(digest) else None)
+
+
+def folder_of(address: HubAddress) -> str:
+    """The folder below which everything lies that a data set's path can mean."""
+    parts = (address.path or "").split("/")
+    for index, part in enumerate(parts):
+        if any(mark in part for mark in "*?["):
+            return "/".join(parts[:index])
+    return "/".join(parts[:-1]) if parts[-1].endswith(DATA_FILES) else "/".join(parts)
+
+
+def data_files(files: list[FoundFile], address: HubAddress) -> list[FoundFile]:
+    """The files of rows that the address means. Raises `data.empty`, `source.not_found`."""
+    rows = [
+        file for file in files if file.path.endswith(DATA_FILES) and not file.path.rpartition("/")[2].startswith(".")
+    ]
+    if not rows:
+        copy = HubAddress("data", address.repo, "refs/convert/parquet")
+        raise TrainChainError(
+            "data.empty",
+            f"{address.text} has no files of rows: no {', '.join(DATA_FILES)}.",
+            hint=f"The Hub keeps a copy of many as parquet: {copy.text}",
+        )
+    if address.path is None:
+        return rows
+    wanted = address.path.split("/")
+    kept = [file for file in rows if _matches(file.path.split("/"), wanted) or file.path.startswith(f"{address.path}/")]
+    if not kept:
+        raise TrainChainError(
+            "source.not_found",
+            f"The data set {address.repo} has no {address.path!r}; it has {', '.join(file.path for file in rows[:3])}"
+            f"{' ...' if len(rows) > 3 else ''}.",
+            hint="Name one of its files, a folder, or a pattern with *.",
+        )
+    return kept
+
+
+def _matches(parts: list[str], pattern: list[str]) -> bool:
+    """Whether a path is meant by a pattern, `*` within a name and `**` over folders."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[index:], pattern[1:]) for index in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def license_of(info: Any) -> str | None:
+    """As the card names it; `other` by the name it gives."""
+    card = info.card_data.to_dict() if info.card_data is not None and hasattr(info.card_data, "to_dict") else {}
+    found = card.get("license")
+    if found == "other" and isinstance(card.get("license_name"), str):
+        found = card["license_name"]
+    if isinstance(found, list):
+        found = ", ".join(str(one) for one in found)
+    if found is None:
+        tags = [tag for tag in info.tags or [] if isinstance(tag, str) and tag.startswith("license:")]
+        found = tags[0].partition(":")[2] if tags else None
+    text = "".join(mark for mark in str(found or "") if mark.isprintable())[:100]
+    return text or None
