@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainchain.core.client import HubClient
 from trainchain.core.digests import canonical_json, sha256
@@ -25,8 +25,14 @@ JOB, LEASE, MODEL = "job", "lease", "model"
 INDEX = ".safetensors.index.json"
 LARGEST_INDEX = 64 << 20
 
-Unseal = Callable[[FileRef, Path, Path], None]
-"""(what it is, the ciphertext, where to put what it holds)."""
+
+class Clear(NamedTuple):
+    """How a worker opens a sealed base: whoever gives it removes the folder when the job is closed."""
+
+    folder: Callable[[int], Path]
+    """A new empty folder of this user alone, with room for so many bytes."""
+    unseal: Callable[[FileRef, Path, Path], None]
+    """(what it is, the ciphertext, where to put what it holds)."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,12 @@ def job_files(
     spec_hash: str,
     *,
     held_out: bool,
-    unseal: Unseal | None = None,
+    clear: Clear | None = None,
 ) -> JobFiles:
     """What it takes to open a job; held-out data only to measure with, since nobody else is given it.
 
-    Every byte is hashed now, so call this once for each time the job is opened. `unseal` is asked for each file of a
-    sealed base. The files are in use until the next job's. Raises `object.digest` where the hub's recipe is not the
+    Every byte is hashed now, so call this once for each time the job is opened. `clear` is used where the base is
+    sealed. The files are in use until the next job's. Raises `object.digest` where the hub's recipe is not the
     one in escrow, `source.incomplete` where a model's index names files that the job has not, and what
     `Cache.object`, `Cache.file` and `Cache.hold` raise.
     """
@@ -74,10 +80,9 @@ def job_files(
     _check_names(job_id, [*base, *sealed])
     sets = [*recipe.datasets, *([recipe.held_out.dataset] if held_out and recipe.held_out else [])]
     rows = [(entry.source, entry.file) for entry in sets if entry.file is not None]
-    model = _folder_name(base or sealed)
     sizes = {ref.sha256: ref.size for ref in (*base, *sealed, *(ref for _, ref in rows))}
     cache.let_go(LAST, LEASE, MODEL)
-    place.hold(JOB, sizes | {spec_hash: len(data)}, models={model: sum(ref.size for ref in sealed)})
+    place.hold(JOB, sizes | {spec_hash: len(data)}, models={} if sealed else {_folder_name(base): 0})
 
     def bring(source: str | None, ref: FileRef) -> Path:
         belongs = f"{ref.name} of {source or recipe.name}"
@@ -91,7 +96,7 @@ def job_files(
         bring(source, ref)
     if sealed:
         parts = {ref.name: bring(None, ref) for ref in sealed}
-        folder = _unsealed_folder(place, model, sealed, parts, unseal, f"model of {recipe.name}")
+        folder = _clear_folder(job_id, sealed, parts, clear)
     else:
         folder = model_folder(place, base, belongs=f"model {source or 'of ' + recipe.name}")
     _check_index(folder)
@@ -151,22 +156,14 @@ def model_folder(cache: Cache, files: Sequence[FileRef], *, belongs: str) -> Pat
     return folder
 
 
-def _unsealed_folder(
-    cache: Cache,
-    name: str,
-    files: Sequence[FileRef],
-    parts: Mapping[str, Path],
-    unseal: Unseal | None,
-    belongs: str,
-) -> Path:
-    """The model folder of a sealed base, made anew from its ciphertexts every time: nothing else says what it was."""
-    if unseal is None:
-        raise TrainChainError("key.invalid", "The base model of this job is sealed, and there is no key for it.")
-    folder = cache.folder / FOLDERS["model"] / name
-    named = {ref.name: ref for ref in files}
-    with cache.lock(name):
-        _make(cache, folder, list(named), lambda target: unseal(named[target.name], parts[target.name], target))
-        cache.note(name, {"belongs": belongs})
+def _clear_folder(job_id: str, files: Sequence[FileRef], parts: Mapping[str, Path], clear: Clear | None) -> Path:
+    """A sealed base as it is, in a folder of the caller's, made anew each time: nothing else says what it was."""
+    if clear is None:
+        raise TrainChainError("key.invalid", f"The base model of {job_id} is sealed, and there is no key for it.")
+    folder = clear.folder(sum(ref.size for ref in files))
+    with full_disk(folder, "the base model was opened"):
+        for ref in files:
+            clear.unseal(ref, parts[ref.name], folder / ref.name)
     return folder
 
 
