@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from trainchain.core.errors import TrainChainError
@@ -87,10 +88,11 @@ def _renaming(path: Path) -> str:
 
 def rename(path: Path, pairs: str) -> str:
     """The command that writes a file's fields under other names, given as jq has them."""
+    new = f"renamed-{path.name}"
     if path.suffix != ".parquet":
-        return f"jq -c '{{{pairs}}}' {path.name} > rows.jsonl"
+        return f"jq -c '{{{pairs}}}' {quote(path.name)} > {quote(new)}"
     columns = ", ".join("'{}': t['{}']".format(*pair.split(": .")) for pair in pairs.split(", "))
-    script = f"t = p.read_table('{path.name}'); p.write_table(a.table({{{columns}}}), 'rows.parquet')"
+    script = f"t = p.read_table('{path.name}'); p.write_table(a.table({{{columns}}}), '{new}')"
     return f'{tables.PYTHON}"{tables.TO_PARQUET}; {script}"'
 
 

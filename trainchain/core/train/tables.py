@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from trainchain.core.errors import TrainChainError
@@ -55,7 +56,7 @@ def _conversion(path: Path) -> str:
     """What brings a file of another kind into one that is read."""
     suffix = path.suffix.lower()
     if suffix in UNPACK:
-        return f"Unpack it: {UNPACK[suffix]} {path.name}"
+        return f"Unpack it: {UNPACK[suffix]} {quote(path.name)}"
     if suffix in CONVERT:
         script = CONVERT[suffix].format(old=path.name, new=path.with_suffix(".parquet").name)
         return f'Convert it: {PYTHON}"{script}"'
@@ -159,7 +160,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row, int]]:
 def _unlist(path: Path) -> str:
     new = path.with_suffix(".jsonl").name
     new = f"lines-{new}" if new == path.name else new
-    return f'Write a row a line: {PYTHON}"{ARRAY_TO_LINES}" < {path.name} > {new}'
+    return f'Write a row a line: {PYTHON}"{ARRAY_TO_LINES}" < {quote(path.name)} > {quote(new)}'
 
 
 def _lines(path: Path) -> Iterator[bytes]:
