@@ -1,0 +1,136 @@
+"""What a hub tells of a job, read strictly: no text of a stranger gets further than these fields.
+
+Card and audit bundle of an adapter are made from it and from the resolved recipe. What the recipe pins (tokens,
+rewards) is taken from there, never from the hub's word.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+
+from trainchain.core.errors import TrainChainError
+from trainchain.core.models import Address, Amount, Count, Digest, Hash32, Model, Positive, ResolvedRecipe, parse
+from trainchain.core.rewards import shard_reward
+
+
+class Told(Model):
+    """As `Model`, but what a later hub says beyond it is passed over."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+
+State = Annotated[str, Field(pattern=r"^[a-z_]{1,32}$")]
+
+
+class ToldShard(Told):
+    shard: Count
+    state: State
+    worker: Address | None = None
+
+
+class ToldRound(Told):
+    round: Positive
+    state: State
+    start: Digest
+    adapter: Digest | None
+    merge_error: float | None
+    shards: list[ToldShard]
+
+    def accepted(self) -> list[ToldShard]:
+        return [shard for shard in self.shards if shard.state == "accepted" and shard.worker is not None]
+
+
+class ToldEvaluation(Told):
+    """The held-out loss after `round`; round 0 is the base with the start adapter."""
+
+    round: Count
+    loss: float | None
+    samples: list[str] | None = None
+
+
+class ToldSettlement(Told):
+    """What went on chain once all rounds through `round` were merged: cumulative amounts, their sum in `total`."""
+
+    round: Count
+    root: Hash32
+    total: Amount
+    leaves: Digest
+    tx: Hash32
+
+
+class History(Told):
+    """A job as its hub shows it (`GET /v1/jobs/{id}`)."""
+
+    job: Hash32
+    owner: Address
+    state: State
+    spec_hash: Digest
+    rounds_done: list[ToldRound]
+    evaluations: list[ToldEvaluation]
+    settlements: list[ToldSettlement]
+
+    def merged(self) -> list[ToldRound]:
+        """The rounds that have an adapter, in their order."""
+        return sorted((row for row in self.rounds_done if row.adapter), key=lambda row: row.round)
+
+    def through(self, round_: int) -> list[ToldRound]:
+        """The rounds that an adapter of `round_` was made of."""
+        return [row for row in self.merged() if row.round <= round_]
+
+    def loss(self, round_: int) -> float | None:
+        """The held-out loss after a round, None where none was measured."""
+        return next((row.loss for row in self.evaluations if row.round == round_), None)
+
+    def settled(self, round_: int) -> list[ToldSettlement]:
+        """The settlements up to a round and the first one after them that covers it, where there is one yet."""
+        rows = sorted(self.settlements, key=lambda row: row.round)
+        before = [row for row in rows if row.round <= round_]
+        if before and before[-1].round == round_:
+            return before
+        return before + [row for row in rows if row.round > round_][:1]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker brought to an adapter."""
+
+    worker: str
+    accepted: int
+    tokens: int
+    reward: int
+
+
+def shares(recipe: ResolvedRecipe, history: History, round_: int) -> list[Share]:
+    """Each worker's part in the rounds through `round_`, in the order of addresses; tokens and rewards as pinned."""
+    parts: dict[str, list[tuple[int, int]]] = {}
+    for row in history.through(round_):
+        for shard in row.accepted():
+            tokens = recipe.counts[row.round - 1][shard.shard].tokens
+            parts.setdefault(str(shard.worker), []).append((tokens, shard_reward(recipe, row.round, shard.shard)))
+    return [
+        Share(worker, len(rows), sum(tokens for tokens, _ in rows), sum(reward for _, reward in rows))
+        for worker, rows in sorted(parts.items(), key=lambda item: item[0].lower())
+    ]
+
+
+class Chain(Told):
+    """Where the job's money stands: what signatures are bound to, and who signs for the hub (`GET /v1/hub`)."""
+
+    chain_id: Positive
+    escrow: Address
+    hub: Address
+    embedded: bool
+    """Whether it is a chain of the hub's own."""
+
+
+def read_history(document: Any, recipe: ResolvedRecipe) -> History:
+    """A hub's view of the job of `recipe`. Raises `hub.not_a_hub` for what no hub says, or says of another job."""
+    told = parse(History, document, code="hub.not_a_hub", what="What the hub says of the job")
+    inside = all(
+        row.round <= recipe.rounds and all(shard.shard < recipe.shards for shard in row.shards)
+        for row in told.rounds_done
+    )
+    if told.spec_hash != recipe.spec_hash or not inside:
+        raise TrainChainError("hub.not_a_hub", f"What the hub says of job {told.job} does not fit its recipe.")
+    return told
