@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from trainchain.core.digests import is_digest, sha256_file
+from trainchain.core.digests import canonical_json, is_digest, sha256, sha256_file
 from trainchain.core.errors import TrainChainError
 from trainchain.core.settings import DEFAULT_CACHE_CAP, private_folder
 from trainchain.core.worker.room import (
@@ -156,6 +156,45 @@ class Cache:
 
         name = f"{ref.name} of {source}"
         return self._bring(_Wanted(ref.sha256, ref.size, name, source, "source.changed", belongs or name, fetch))
+
+    def pin(self, source: str, path: str, size: int) -> tuple[str, Path]:
+        """The sha256 that a file of a pinned source has, where the source tells none, and the file.
+
+        Fetched from its beginning, as nothing tells whether a part of it is right; the next time it is found here.
+        """
+        name = sha256(canonical_json([source, path]))
+        known = self._pinned(name)
+        if known is not None and _look(self._path(known)) == _Found(known, size):
+            self.hold(LAST, {known: size})
+            return known, self._path(known)
+        words = f"{path} of {source}"
+        want = _Wanted(
+            name, size, words, source, "source.changed", words, lambda at: self._fetch(source, path, at, size)
+        )
+        self.hold(LAST, {name: size})
+        partial = private_folder(self.folder / PARTIAL) / name
+        with self.lock(name):
+            delete(partial)
+            self._download(want, partial)
+            found = _look(partial)
+            if found is None or found.size != size:
+                delete(partial)
+                raise TrainChainError("source.incomplete", f"Not all of {words} came.", hint="Try again.")
+            target = self._path(found.digest)
+            private_folder(target.parent)
+            partial.replace(target)
+        self.hold(LAST, {found.digest: size})
+        self.touch(target)
+        self.note(found.digest, {"belongs": words})
+        self.note(f"pin-{name}", {"digest": found.digest})
+        return found.digest, target
+
+    def _pinned(self, name: str) -> str | None:
+        try:
+            digest = str(json.loads((self.folder / ABOUT / f"pin-{name}").read_bytes())["digest"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return digest if is_digest(digest) else None
 
     def keep(self, digest: str, data: bytes, *, belongs: str = "") -> Path:
         """Some bytes that have that digest, as an object like any other."""

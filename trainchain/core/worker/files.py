@@ -17,6 +17,7 @@ from trainchain.core.digests import canonical_json, sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import FileRef, ResolvedRecipe, parse
 from trainchain.core.settings import private_folder
+from trainchain.core.sources.found import missing_shards
 from trainchain.core.worker.cache import LAST, Cache, odd_file
 from trainchain.core.worker.room import FOLDERS, delete, full_disk
 
@@ -203,15 +204,13 @@ def _check_index(folder: Path) -> None:
     """Raises `source.incomplete` where the index of the model's shards names one that is not there."""
     for path in sorted(folder.glob(f"*{INDEX}")):
         try:
-            if path.stat().st_size > LARGEST_INDEX:
-                raise ValueError
-            named = {str(name) for name in json.loads(path.read_bytes())["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise TrainChainError("model.unreadable", f"The model's {path.name} is not an index of shards.") from None
-        if missing := sorted(named - {there.name for there in folder.iterdir()}):
+            index = json.loads(path.read_bytes()) if path.stat().st_size <= LARGEST_INDEX else None
+        except (ValueError, RecursionError):
+            index = None
+        if missing := missing_shards(index, [there.name for there in folder.iterdir()]):
+            more = f", nor are {len(missing) - 1} more" if len(missing) > 1 else ""
             raise TrainChainError(
                 "source.incomplete",
-                f"The model's {path.name} names {missing[0][:200]!r}, which is not among the job's files"
-                f"{f', nor are {len(missing) - 1} more' if len(missing) > 1 else ''}.",
+                f"The model's {path.name} names {missing[0][:200]!r}, which is not among the job's files{more}.",
                 hint="The job was published with a part of its model; its owner has to publish it again.",
             )

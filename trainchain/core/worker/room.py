@@ -212,6 +212,11 @@ def _disk_full(folder: Path, why: str) -> TrainChainError:
     )
 
 
+def plain(text: str) -> str:
+    """The text without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def delete(path: Path) -> None:
     """Remove a file, a link or a folder, whatever it is; no matter if it is gone already."""
     if path.is_dir() and not path.is_symlink():
@@ -270,7 +275,7 @@ def _remove(entry: Entry) -> None:
 
 def _belongs(folder: Path, name: str) -> str:
     try:
-        return str(json.loads((folder / ABOUT / name).read_bytes())["belongs"])
+        return plain(str(json.loads((folder / ABOUT / name).read_bytes())["belongs"]))[:300]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
