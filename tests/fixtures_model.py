@@ -103,9 +103,10 @@ def file_ref(path: Path, name: str | None = None) -> FileRef:
 
 
 def resolve_recipe(
-    model: Path, data: Path, held_out: Path | None = None, **options: Any
+    model: Path, data: Path | list[Path], held_out: Path | None = None, **options: Any
 ) -> tuple[ResolvedRecipe, bytes]:
     """The resolved recipe of a small job, and its initial adapter. Options: sizes, and `Training` fields."""
+    paths = [data] if isinstance(data, Path) else data
     sizes: dict[str, Any] = {"rounds": 2, "shards": 2, "steps": 4, "held_out_rows": 5, "r": 4, "targets": "all-linear"}
     samples = options.pop("samples", [])
     sizes |= {key: options.pop(key) for key in list(options) if key in sizes}
@@ -134,7 +135,7 @@ def resolve_recipe(
     )
     facts = inspect(
         model,
-        [(data, None)],
+        [(path, None) for path in paths],
         (held_out, None) if held_out else None,
         sequence_len=training.sequence_len,
         batch_size=training.batch_size,
@@ -146,7 +147,8 @@ def resolve_recipe(
         name="tiny",
         base_model=Base(source=None, license=None, files=[file_ref(path) for path in sorted(model.iterdir())]),
         datasets=[
-            DataSet(source=None, file=file_ref(data), format=facts.datasets[0].format, rows=facts.datasets[0].rows)
+            DataSet(source=None, file=file_ref(path), format=found.format, rows=found.rows)
+            for path, found in zip(paths, facts.datasets, strict=True)
         ],
         held_out=_held_out(held_out, facts),
         access=Access(workers="anyone", keys=None),

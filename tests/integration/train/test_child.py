@@ -51,9 +51,8 @@ class Child:
 
 @contextmanager
 def child(**options: Any) -> Iterator[Child]:
-    process = subprocess.Popen(
-        COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, **options
-    )
+    options = {"env": ENVIRONMENT, **options}
+    process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
     try:
         with process:
             yield Child(process)

@@ -66,8 +66,6 @@ class AdaptedModel:
             attention=ATTENTION[training.attention],
             quantization=training.quantization,
         )
-        if volatile:
-            leave_files(base)
         modules = dict(base.named_modules())
         config = LoraConfig(
             r=lora.r,
@@ -80,6 +78,8 @@ class AdaptedModel:
             self.model = get_peft_model(base, config).to(self.device).eval()
         except ValueError as error:
             raise TrainChainError("job.invalid", f"The targets do not fit the base: {error}") from None
+        if volatile:
+            leave_files(self.model)
         self.base = self.model.get_base_model()
         for module in self.base.modules():
             if type(module).__name__ == "Linear4bit":

@@ -36,7 +36,7 @@ class Blocks:
 
     `recipe` is the job as it would be published openly, `documents` are the rows of `sources` tokenized.
     Reads each source once: raises TrainChainError source.changed where one is not what the recipe names,
-    data.format for a row that JSON cannot hold, and what reading raises.
+    data.format for a row that JSON cannot hold, disk.full, and what reading raises.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Blocks:
         for index, ((path, form), data) in enumerate(zip(sources, recipe.datasets, strict=True)):
             for line, text in _texts(path, form, None):
                 if (index, line) not in skipped:
-                    self._rows.write(text)
+                    self._keep(text)
                     self._offsets.append(self._offsets[-1] + len(text))
             _check_file(path, data)
         if len(self._offsets) - 1 != len(documents):
@@ -90,6 +90,16 @@ class Blocks:
             for shard in range(self._recipe.shards):
                 yield round, shard, self.block(round, shard)
 
+    def _keep(self, text: bytes) -> None:
+        try:
+            self._rows.write(text)
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            what = f"The rows to be sealed do not fit into {folder}: {error.strerror}."
+            raise TrainChainError(
+                "disk.full", what, hint="Make room there, or name another folder in TMPDIR."
+            ) from None
+
     def _text(self, row: int) -> bytes:
         self._rows.seek(self._offsets[row])
         return self._rows.read(self._offsets[row + 1] - self._offsets[row])
@@ -115,10 +125,11 @@ def blocks_of(
 
 def _texts(path: Path, form: DataFormat, limit: int | None) -> Iterator[tuple[int, bytes]]:
     """The file's rows with their lines, as lines of a block."""
+    fields = [name for group in FIELDS[form] for name in group]
     for batch in read_batches(path, limit):
         for number, row in batch:
             try:
-                yield number, _line({"format": form, "row": {key: row[key] for key in FIELDS[form] if key in row}})
+                yield number, _line({"format": form, "row": {name: row[name] for name in fields if name in row}})
             except (TypeError, ValueError, RecursionError):
                 raise bad_row(path, number, "holds a value that JSON cannot") from None
 
