@@ -43,7 +43,7 @@ def test_a_code_has_a_status_an_exit_code_and_a_meaning(code: str) -> None:
 
 @pytest.mark.parametrize(
     ("prefix", "exit_code"),
-    [("usage.", 2), ("recipe.", 2), ("source.", 2), ("wallet.", 7), ("session.", 7)],
+    [("usage.", 2), ("recipe.", 2), ("wallet.", 7), ("session.", 7)],
 )
 def test_what_is_of_one_kind_ends_alike(prefix: str, exit_code: int) -> None:
     assert {reason.exit_code for code, reason in CODES.items() if code.startswith(prefix)} == {exit_code}

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from trainchain.cli import collect, delivery, owner, parent, wiring
 from trainchain.cli.jobs import sample_lines
 from trainchain.cli.output import Output
-from trainchain.cli.plan import resolve
+from trainchain.cli.plan import Plan, bringer_of, resolve
 from trainchain.cli.progress import Progress
 from trainchain.core import money
 from trainchain.core.errors import TrainChainError
+from trainchain.core.settings import write_private
 from trainchain.core.worker.devices import one_device
 
 if TYPE_CHECKING:
@@ -58,20 +59,28 @@ def run(recipe_path: Path, keep: Path | None, home: Path, workers: int, output: 
     from trainchain.core.settings import Settings, private_folder
 
     clock = Clock()
-    plan = resolve(recipe_path)
+    own = Settings(home, "")
+    plan = resolve(recipe_path, bringer_of(own, out))
+    _check_workers(plan)
     out.note(plan.describe())
     target = output or Path(f"{plan.resolved.name}-lora")
     state = private_folder((keep or home / "runs" / plan.resolved.name).absolute())
     memory = _Memory(state / "run.json", plan.resolved.spec_hash)
     with contextlib.ExitStack() as stack:
-        hub_url = _start_hub(stack, state, memory)
+        # A base on a model hub is fetched once for all; what the hub sends each worker fetches for itself.
+        shared = {"TRAINCHAIN_CACHE": str(own.cache)} if plan.resolved.base_model.source and not plan.keys else {}
+        hub_url = _start_hub(stack, state, memory, shared)
         settings = Settings(state / "owner", hub_url)
         progress = stack.enter_context(Progress(out, plan.resolved))
-        fleet = _Fleet(stack, state, hub_url, workers, progress)
+        lend = settings.wallet_path if plan.resolved.access.workers == "owner" else None
+        if lend is not None:
+            wiring.open_wallet(settings, out)
+        fleet = _Fleet(stack, state, hub_url, workers, progress, shared, lend)
         job_id = memory.job
         if job_id is None:
             with clock.on_chain():
-                job_id = owner.publish(plan, settings, out, lambda _: None)["job"]
+                hub = wiring.hub_client(settings).info()["chain"]["hub"]
+                job_id = owner.publish(plan, settings, out, lambda _: None, own_hub=hub)["job"]
             memory.remember(job_id)
         else:
             out.note(f"going on with job {job_id[:12]}")
@@ -85,7 +94,8 @@ def run(recipe_path: Path, keep: Path | None, home: Path, workers: int, output: 
         view = _wait_measured(client, job_id, view, progress)
         fleet.stop()
         with clock.on_chain():
-            claims = [_claim(home, hub_url, out) for home in fleet.homes]
+            homes = fleet.homes if lend is None else fleet.homes[:1]
+            claims = [_claim(home, hub_url, out) for home in homes]
         pulled = delivery.fetch(client, job_id, target)
         escrow = _escrow(client, job_id)
         memory.forget()
@@ -126,11 +136,20 @@ class _Memory:
         self.remember(None)
 
 
-def _start_hub(stack: contextlib.ExitStack, state: Path, memory: _Memory) -> str:
+def _check_workers(plan: Plan) -> None:
+    if not isinstance(plan.resolved.access.workers, str):
+        raise TrainChainError(
+            "access.denied",
+            "The recipe admits wallets of a list, and the workers of `run` have wallets of their own.",
+            hint="Write `workers: owner` to train here alone, or publish the recipe: trainchain submit RECIPE",
+        )
+
+
+def _start_hub(stack: contextlib.ExitStack, state: Path, memory: _Memory, environment: dict[str, str]) -> str:
     """Start the hub where it listened before, if that port is free; else on any."""
     for port in dict.fromkeys((memory.port, 0)):
         arguments = ["serve-hub", "--listen", f"127.0.0.1:{port}", "--home", str(state / "hub"), "--json"]
-        process = parent.start([*arguments, "--until-stdin-closes"], state / "hub.log")
+        process = parent.start([*arguments, "--until-stdin-closes"], state / "hub.log", environment)
         stack.callback(parent.stop, process)
         ready = _first_line(process)
         if ready.get("event") == "ready":
@@ -177,8 +196,16 @@ class _Fleet:
     """The worker processes of a run, and what they report."""
 
     def __init__(
-        self, stack: contextlib.ExitStack, state: Path, hub_url: str, workers: int, progress: Progress
+        self,
+        stack: contextlib.ExitStack,
+        state: Path,
+        hub_url: str,
+        workers: int,
+        progress: Progress,
+        environment: dict[str, str],
+        wallet: Path | None,
     ) -> None:
+        """`wallet` is the one that all workers use; each makes its own where there is none to use."""
         threads = max(1, (os.cpu_count() or 1) // workers)
         self.homes = [state / f"worker-{number}" for number in range(1, workers + 1)]
         self.traffic: dict[str, tuple[int, int]] = {}
@@ -190,7 +217,11 @@ class _Fleet:
         for number, home in enumerate(self.homes):
             arguments = ["serve-gpu", "--hub", hub_url, "--home", str(home), "--threads", str(threads)]
             arguments += one_device(number)
-            process = parent.start([*arguments, "--json", "--until-stdin-closes"], home.with_suffix(".log"))
+            if wallet is not None:
+                write_private(home / "wallet.json", wallet.read_bytes())
+            process = parent.start(
+                [*arguments, "--json", "--until-stdin-closes"], home.with_suffix(".log"), environment
+            )
             stack.callback(parent.stop, process)
             self._processes.append(process)
             threading.Thread(target=self._read, args=(process, home.name), daemon=True).start()

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from trainchain.cli.output import Output
-from trainchain.cli.plan import resolve
+from trainchain.cli.plan import bringer_of, resolve
 from trainchain.core.errors import TrainChainError
+from trainchain.core.settings import Settings
 
 
 def train(
     recipe_path: Path,
     out: Output,
     *,
-    cache: Path,
+    settings: Settings,
     round_: int,
     shard: int,
     start: Path | None,
@@ -47,7 +48,8 @@ def train(
         )
     if start is not None and not start.is_dir():
         raise TrainChainError("usage.file", f"--start: {start} is not a folder.", hint="Name a PEFT adapter's folder.")
-    plan = resolve(recipe_path, cache)
+    tokens = settings.cache / "tokens"
+    plan = resolve(recipe_path, bringer_of(settings, out), tokens=tokens, weights=True)
     out.note(plan.describe_work())
     folder = (output or Path(f"{asked.name}-round-{round_}-shard-{shard}")).absolute()
     initial = read_adapter(plan.initial)
@@ -59,7 +61,7 @@ def train(
     command = [sys.executable, "-m", "trainchain.core.train", "--threads", str(count)]
     command += ["--processes", str(processes)] if processes > 1 else []
     child = Child(command, child_environment(count), folder / "trainer.log")
-    options = {"cache": str(cache), "checkpointing": checkpointing, "micro_tokens": micro_tokens}
+    options = {"cache": str(tokens), "checkpointing": checkpointing, "micro_tokens": micro_tokens}
     try:
         commitments = alone.train(child, files, adapter, round_, shard, folder, options, _Steps(out))
     finally:

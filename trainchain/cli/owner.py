@@ -22,25 +22,39 @@ if TYPE_CHECKING:
     from trainchain.core.settings import Settings
 
 
-def publish(plan: Plan, settings: Settings, out: Output, confirm: Callable[[int], None]) -> dict[str, Any]:
-    """Publish and fund a plan. Interrupted anywhere, the same call goes on where it stopped: nothing is paid twice."""
+def publish(
+    plan: Plan, settings: Settings, out: Output, confirm: Callable[[int], None], *, own_hub: str | None = None
+) -> dict[str, Any]:
+    """Publish and fund a plan, sealed first where its keys are kept. Interrupted anywhere, the same call goes on where
+    it stopped: nothing is paid twice, nothing sealed twice.
+
+    `own_hub` is the address of a hub that the owner says is theirs. Raises `access.not_your_hub` before anything
+    leaves this machine.
+    """
+    from trainchain.cli import sealing
     from trainchain.core.settings import write_private
 
     client, wallet = wiring.signed_client(settings, out)
     chain = wiring.chain_of(client)
+    holder = sealing.key_holder(plan, client, chain, settings, own_hub) if plan.keys else None
+    confirm(plan.resolved.pay.budget)
+    plan = sealing.sealed(plan, settings, out) if plan.keys else plan
     recipe = plan.resolved
-    confirm(recipe.pay.budget)
 
     intent_path = settings.home / "submissions" / f"{recipe.spec_hash}-{chain.escrow[2:10].lower()}.json"
     salt = _salt(intent_path)
     write_private(intent_path, json.dumps({"salt": salt}).encode())
-    answer = client.post("/v1/jobs", {"recipe": recipe.model_dump(mode="json"), "salt": salt})
+    document = {"recipe": recipe.model_dump(mode="json"), "salt": salt}
+    if holder is not None:
+        document["keys"] = sealing.wrapped(plan, holder, chain, chain.job_id(wallet.address, salt))
+    answer = client.post("/v1/jobs", document)
     job_id = str(answer["job"])
     _upload(client, plan, job_id, answer["missing"], settings, out)
     tx = _fund(client, chain, wallet, plan, job_id, salt, out)
     state = client.post(f"/v1/jobs/{job_id}/fund", signed=False)["state"]
     write_private(settings.home / "last_job", job_id.encode())
     intent_path.unlink()
+    sealing.forget(plan, settings)
     return {
         "job": job_id,
         "name": recipe.name,

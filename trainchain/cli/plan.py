@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from trainchain.cli.bring import Bringer, Data
 from trainchain.core import money
 from trainchain.core.errors import TrainChainError
 
 if TYPE_CHECKING:
-    from trainchain.core.models import FileRef, ResolvedRecipe, Training
+    from trainchain.cli.output import Output
+    from trainchain.core.models import Base, DataFormat, ResolvedRecipe, Training
     from trainchain.core.recipe import Recipe
+    from trainchain.core.settings import Settings
     from trainchain.core.train.resolve import Inspection
-
-MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja")
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,25 @@ class Plan:
     """A resolved recipe, where its bytes lie on this machine, and what the owner should know before paying."""
 
     resolved: ResolvedRecipe
+    """As it is published, or, until it is sealed, as it would be openly."""
+    keys: Literal["owner", "hub"] | None
+    """Who is to keep the keys of the job, which is then sealed before it is published; None for an open job."""
     model_dir: Path
+    """Where the weights are on a model hub, they may be missing here; see `Bringer.model`."""
     files: dict[str, Path]
+    """By digest, the base's and the data's files on this machine."""
     initial: bytes
     truncated: int
     skipped: int
     truncated_at: list[str]
     """The first of these rows, by file and line."""
     skipped_at: list[str]
+    open_hash: str
+    """The recipe's spec hash as it would be openly: what an interrupted sealing is found again by."""
+    bringer: Bringer
+    """Kept, since the folder of a distant model goes with it."""
+    identities: dict[str, str] = field(default_factory=dict, repr=False)
+    """The keys of what was sealed, by the digest of the ciphertext."""
 
     @property
     def price(self) -> int:
@@ -43,9 +57,15 @@ class Plan:
         """All that an owner should know before paying."""
         recipe = self.resolved
         size = sum(ref.size for ref in recipe.files())
+        kept = {"owner": "a hub of yours", "hub": "the hub"}
         return (
             f"{self.describe_work()}\n"
-            f"files    {len(recipe.files())} files, {size / 1e6:.1f} MB, each named by its sha256\n"
+            + (
+                f"private  {_admitted(recipe)}; rows go out sealed, keys are kept by {kept[self.keys]}\n"
+                if self.keys
+                else ""
+            )
+            + f"files    {len(recipe.files())} files, {size / 1e6:.1f} MB, each named by its sha256\n"
             f"price    at most {money.show(self.price)} of a budget of {money.show(recipe.pay.budget)} TRAIN; "
             "what is not earned comes back"
         )
@@ -67,59 +87,53 @@ class Plan:
         return "\n".join(lines)
 
 
-def resolve(path: Path, cache: Path | None = None) -> Plan:
+def resolve(path: Path, bringer: Bringer, *, tokens: Path | None = None, weights: bool = False) -> Plan:
     """Pin everything of a recipe, on this machine. Raises its one clear error for whatever is wrong with it.
 
-    `cache` keeps the tokenised data for a training child of this machine.
+    `tokens` keeps the tokenised data for a training child of this machine; with `weights` a base on a model hub is
+    brought here whole, else only what resolving needs of it.
     """
     from trainchain.core.digests import sha256
-    from trainchain.core.models import Access, Base, DataSet, FileRef, HeldOut, Lora, Merge, Pay, ResolvedRecipe
+    from trainchain.core.models import Access, DataSet, FileRef, HeldOut, Lora, Merge, Pay, ResolvedRecipe
     from trainchain.core.recipe import load_recipe
 
     recipe = load_recipe(path)
-    model_dir = _folder(recipe.base_model)
-    sources = [(_file(entry.path, "datasets"), entry.type) for entry in recipe.datasets]
-    tests = [(_file(entry.path, "test_datasets"), entry.type) for entry in recipe.test_datasets]
+    target = _target(recipe.hub_model_id)
+    hush()
+    model_dir, base = bringer.model(recipe.base_model, weights=weights)
+    brought: list[tuple[Data, DataFormat | None]] = []
+    for index, entry in enumerate(recipe.datasets):
+        rows = bringer.data(entry.path, f"train-{index}", entry.split, usual=("train",))
+        brought += [(file, entry.type) for file in rows]
+    tested = _held_out(recipe, bringer)
 
-    _hush()
     from trainchain.core.train.resolve import inspect
 
-    found = inspect(
-        model_dir,
-        sources,
-        tests[0] if tests else None,
-        held_out_rows=recipe.test_datasets[0].rows if tests else 0,
-        sequence_len=recipe.sequence_len,
-        batch_size=recipe.micro_batch_size * recipe.gradient_accumulation_steps,
-        seed=recipe.seed,
-        rounds=recipe.rounds,
-        shards=recipe.shards,
-        steps=recipe.steps,
-        targets=recipe.lora_target_modules,
-        r=recipe.lora_r,
-        attention=recipe.attention,
-        cache=cache,
-    )
-    files: dict[str, Path] = {}
-
-    def name(source: Path, label: str | None = None) -> FileRef:
-        from trainchain.core.digests import sha256_file
-
-        ref = FileRef(name=label or source.name, sha256=sha256_file(source), size=source.stat().st_size)
-        files[ref.sha256] = source
-        return ref
-
-    base = [name(file) for file in sorted(model_dir.iterdir()) if _is_model_file(file)]
+    with _said_of(base, model_dir):
+        found = inspect(
+            model_dir,
+            [(file.path, form) for file, form in brought],
+            (tested.path, recipe.test_datasets[0].type) if tested else None,
+            held_out_rows=recipe.test_datasets[0].rows if tested else 0,
+            sequence_len=recipe.sequence_len,
+            batch_size=recipe.micro_batch_size * recipe.gradient_accumulation_steps,
+            seed=recipe.seed,
+            rounds=recipe.rounds,
+            shards=recipe.shards,
+            steps=recipe.steps,
+            targets=recipe.lora_target_modules,
+            r=recipe.lora_r,
+            attention=recipe.attention,
+            cache=tokens,
+        )
     datasets = [
-        DataSet(source=None, file=name(source, f"train-{index}.jsonl"), format=facts.format, rows=facts.rows)
-        for index, ((source, _), facts) in enumerate(zip(sources, found.datasets, strict=True))
+        DataSet(source=file.source, file=file.ref, format=facts.format, rows=facts.rows)
+        for (file, _), facts in zip(brought, found.datasets, strict=True)
     ]
     held_out = None
-    if found.held_out is not None:
+    if found.held_out is not None and tested is not None:
         facts = found.held_out
-        dataset = DataSet(
-            source=None, file=name(tests[0][0], "held-out.jsonl"), format=facts.file.format, rows=facts.file.rows
-        )
+        dataset = DataSet(source=tested.source, file=tested.ref, format=facts.file.format, rows=facts.file.rows)
         held_out = HeldOut(
             dataset=dataset, rows=facts.rows, tokens=facts.counts.tokens, supervised=facts.counts.supervised
         )
@@ -127,12 +141,12 @@ def resolve(path: Path, cache: Path | None = None) -> Plan:
     resolved = ResolvedRecipe(
         trainchain=1,
         name=recipe.name,
-        base_model=Base(source=None, license=None, files=base),
+        base_model=base,
         datasets=datasets,
         held_out=held_out,
-        access=Access(workers=recipe.access.workers, keys=recipe.access.holder),
+        access=Access(workers=recipe.access.workers, keys=None),
         sealed=None,
-        hub_model_id=recipe.hub_model_id,
+        hub_model_id=target,
         lora=Lora(r=recipe.lora_r, alpha=recipe.lora_alpha, targets=sorted(found.targets), initial=initial),
         training=_training(recipe, found),
         rounds=recipe.rounds,
@@ -146,8 +160,21 @@ def resolve(path: Path, cache: Path | None = None) -> Plan:
         sample_tokens=recipe.sample_tokens,
         counts=found.counts,
     )
+    every = [file for file, _ in brought] + [file for file in [tested] if file]
+    files = {file.ref.sha256: file.path for file in every}
+    files |= {ref.sha256: model_dir / ref.name for ref in base.files}
     plan = Plan(
-        resolved, model_dir, files, found.initial, found.truncated, found.skipped, found.truncated_at, found.skipped_at
+        resolved=resolved,
+        keys=recipe.access.holder,
+        model_dir=model_dir,
+        files=files,
+        initial=found.initial,
+        truncated=found.truncated,
+        skipped=found.skipped,
+        truncated_at=found.truncated_at,
+        skipped_at=found.skipped_at,
+        open_hash=resolved.spec_hash,
+        bringer=bringer,
     )
     if plan.price > resolved.pay.budget:
         raise TrainChainError(
@@ -159,7 +186,57 @@ def resolve(path: Path, cache: Path | None = None) -> Plan:
     return plan
 
 
-def _hush() -> None:
+def bringer_of(settings: Settings, out: Output) -> Bringer:
+    """What brings sources into this home's cache."""
+    from trainchain.core.worker.cache import Cache
+
+    return Bringer(Cache(settings.cache, cap=settings.cache_cap), out.note)
+
+
+@contextlib.contextmanager
+def _said_of(base: Base, model_dir: Path) -> Iterator[None]:
+    """What is wrong with a model from elsewhere is said of its address, not of the folder that it lies in here."""
+    try:
+        yield
+    except TrainChainError as error:
+        if base.source is None:
+            raise
+        message = error.message.replace(f"The model folder {model_dir}", base.source).replace(
+            str(model_dir), base.source
+        )
+        raise TrainChainError(error.code, message, hint=error.hint, **error.facts) from None
+
+
+def _admitted(recipe: ResolvedRecipe) -> str:
+    workers = recipe.access.workers
+    who = {"owner": "your own wallet may train it", "anyone": "anyone may train it"}
+    return who[workers] if isinstance(workers, str) else f"{len(workers)} wallets may train it"
+
+
+def _held_out(recipe: Recipe, bringer: Bringer) -> Data | None:
+    for entry in recipe.test_datasets:
+        files = bringer.data(entry.path, "held-out", entry.split, usual=("test", "validation"))
+        if len(files) > 1:
+            raise TrainChainError(
+                "recipe.invalid",
+                f"`test_datasets`: {entry.path} has {len(files)} files; the held-out data is one.",
+                hint=f"Name one: {entry.path}/{files[0].ref.path}",
+            )
+        return files[0]
+    return None
+
+
+def _target(text: str | None) -> str | None:
+    """Where the adapter is to be pushed, as it is kept; told to be wrong now, not after the training."""
+    if text is None:
+        return None
+    from trainchain.core.sources.address import HubAddress, parse
+
+    target = parse(text, "target")
+    return target.text if isinstance(target, HubAddress) else text
+
+
+def hush() -> None:
     """The libraries' bars and warnings are no answer to what the owner asked."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -190,36 +267,3 @@ def _training(recipe: Recipe, found: Inspection) -> Training:
         segment_steps=recipe.segment_steps or -(-recipe.steps // 8),
         seed=recipe.seed,
     )
-
-
-def _folder(text: str) -> Path:
-    path = _local(text, "base_model")
-    if not path.is_dir():
-        raise TrainChainError("source.missing", f"`base_model`: {path} is not a folder.", hint="Check the path.")
-    return path
-
-
-def _file(text: str, key: str) -> Path:
-    path = _local(text, key)
-    if not path.is_file():
-        raise TrainChainError("source.missing", f"`{key}`: there is no file {path}.", hint="Check the path.")
-    if path.suffix not in (".jsonl", ".json", ".ndjson"):
-        raise TrainChainError(
-            "source.unsupported", f"`{key}`: {path.name} is not a .jsonl file.", hint="Convert it to JSON Lines."
-        )
-    return path
-
-
-def _local(text: str, key: str) -> Path:
-    if "://" in text or text.startswith("azureml:"):
-        raise TrainChainError(
-            "source.unsupported",
-            f"`{key}`: this version reads folders and files, not {text}.",
-            hint="Download it first, and write its path.",
-        )
-    return Path(text)
-
-
-def _is_model_file(file: Path) -> bool:
-    """What a base is made of: weights, configuration, tokenizer. Never code, never pickles."""
-    return file.is_file() and file.suffix in MODEL_FILES and not file.name.startswith(".")

@@ -15,6 +15,9 @@ def submit(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")],
     hub: HubUrl = None,
     home: Home = None,
+    own_hub: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The hub of this address is run by you; see docs/private.md.")
+    ] = None,
     yes: Yes = False,
     json_: Json = False,
 ) -> None:
@@ -26,12 +29,12 @@ def submit(
       trainchain submit recipe.yaml --yes --json
     """
     from trainchain.cli import owner
-    from trainchain.cli.plan import resolve
+    from trainchain.cli.plan import bringer_of, resolve
     from trainchain.core.settings import Settings
 
     out = Output(json_mode=json_)
     settings = Settings.load(home, hub)
-    plan = resolve(recipe)
+    plan = resolve(recipe, bringer_of(settings, out))
     out.note(plan.describe())
 
     def confirm(budget: int) -> None:
@@ -45,6 +48,6 @@ def submit(
             )
         typer.confirm(f"Publish, and put {money.show(budget)} TRAIN in escrow?", abort=True, err=True)
 
-    published = owner.publish(plan, settings, out, confirm)
+    published = owner.publish(plan, settings, out, confirm, own_hub=own_hub)
     out.result(published["job"], published)
     out.hint(f"trainchain jobs show {published['job'][:12]} --hub {settings.hub}")

@@ -44,7 +44,7 @@ def train(
     document = one_shard.train(
         recipe,
         out,
-        cache=Settings.load(home).home / "cache" / "tokens",
+        settings=Settings.load(home),
         round_=round_,
         shard=shard,
         start=start,

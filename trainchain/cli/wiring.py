@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trainchain.chain.records import JobOnChain
     from trainchain.chain.wallet import Wallet
     from trainchain.core.client import HubClient
+    from trainchain.core.seal import ExchangeKey
     from trainchain.core.settings import Settings
 
 
@@ -133,6 +134,16 @@ def contribution_signer(wallet: Wallet, chain: ChainClient) -> Any:
     return sign
 
 
+def exchange_of(settings: Settings, wallet: Wallet, chain: ChainClient) -> tuple[ExchangeKey, str]:
+    """This home's exchange key, made at first use, and the wallet's signature that binds it to the wallet."""
+    from trainchain.chain import eip712
+    from trainchain.core.seal import ExchangeKey
+
+    key = ExchangeKey.load_or_create(settings.home / "exchange-key")
+    message = {"account": wallet.address, "publicKey": "0x" + key.public}
+    return key, eip712.sign(chain.domain, "ExchangeKey", message, wallet)
+
+
 def receipt_checker(chain: ChainClient, hub: str) -> Any:
     """A function that tells whether a receipt's fields are signed by the hub that the escrow pays through."""
     from trainchain.chain import eip712
@@ -148,9 +159,9 @@ def receipt_checker(chain: ChainClient, hub: str) -> Any:
 
 def job_checker(chain: ChainClient, told: Mapping[str, Any], now: Callable[[], float] = time.time) -> Any:
     """A function that insists, before every lease, that the escrow holds money under the recipe's hash, to be settled
-    by this hub in this token. `told` is what the hub says of its chain."""
+    by this hub in this token, and returns the job's owner. `told` is what the hub says of its chain."""
 
-    def check(job_id: str, spec_hash: str) -> None:
+    def check(job_id: str, spec_hash: str) -> str:
         job = escrow_job(chain, job_id)
         if job is None or job.free == 0:
             raise TrainChainError("job.unfunded", f"The escrow {chain.escrow} holds nothing more for job {job_id}.")
@@ -163,6 +174,7 @@ def job_checker(chain: ChainClient, told: Mapping[str, Any], now: Callable[[], f
             wrong = "its owner has halted it, or its deadline has passed"
         if wrong:
             raise TrainChainError("job.invalid", f"Job {job_id} is not worth working for: {wrong}.")
+        return job.owner
 
     return check
 

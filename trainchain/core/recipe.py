@@ -103,6 +103,8 @@ class DataEntry(_Strict):
     path: str
     type: DataFormat | None = None
     """Found from the first row when left out."""
+    split: Annotated[str, Field(max_length=64)] | None = None
+    """Of a data set on a model hub; left out: train for training, test or validation for what is held out."""
 
 
 class HeldOutEntry(DataEntry):
