@@ -7,7 +7,7 @@ import pytest
 
 from tests.fixtures_model import chat_rows, make_tokenizer, write_jsonl
 from trainchain.core.errors import TrainChainError
-from trainchain.core.train import data
+from trainchain.core.train import data, rows
 from trainchain.core.train.data import cache_key, count_all, load_documents
 from trainchain.core.train.tokenized import TokenizedData
 
@@ -24,13 +24,13 @@ def texts(tmp_path: Path) -> Path:
 def never_tokenized(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Files that were tokenized in spite of a cache; a test that wants none asks for an empty list."""
     seen: list[Path] = []
-    real = data.read_batches
+    real = rows.read_batches
 
     def noted(path: Path, limit: int | None) -> Any:
         seen.append(path)
         return real(path, limit)
 
-    monkeypatch.setattr(data, "read_batches", noted)
+    monkeypatch.setattr(rows, "read_batches", noted)
     return seen
 
 
@@ -180,7 +180,7 @@ def test_a_token_outside_the_models_vocabulary_is_named(tmp_path: Path, cached: 
 
 def test_text_without_a_token_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a fish"}])
-    monkeypatch.setattr(data, "encoder", lambda *_: lambda rows: [([1, None], [True, True])] * len(rows))
+    monkeypatch.setattr(rows, "encoder", lambda *_: lambda rows: [([1, None], [True, True])] * len(rows))
 
     with pytest.raises(TrainChainError, match=r"rows\.jsonl line 1 has text that the tokenizer knows no token for"):
         load(path)

@@ -1,7 +1,7 @@
 """The tokenized documents of a job, their order, and the counts of its shards. No torch."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,7 +16,7 @@ from trainchain.core.errors import TrainChainError
 from trainchain.core.models import Counts, DataFormat, ResolvedRecipe
 from trainchain.core.sharding import DataOrder, Epoch
 from trainchain.core.train.arrays import ArrayWriter, Facts, Kinds, open_arrays
-from trainchain.core.train.rows import Document, Encoder, bad_row, encoder, place_of, read_batches, unreadable
+from trainchain.core.train.rows import place_of, read_documents, unreadable
 from trainchain.core.train.tokenized import KINDS, Collector, Parts, Place
 from trainchain.core.train.tokenized import TokenizedData as TokenizedData
 
@@ -68,8 +68,9 @@ def load_documents(
         collector = Collector(sequence_len, write)
         for path, form in sources:
             collector.next_source()
-            for line, document in _documents(path, encoder(form, tokenizer), limit):
-                _check_ids(path, line, document[0][:sequence_len], tokenizer, vocab_size)
+            for line, document in read_documents(
+                path, form, tokenizer, limit, vocab_size=vocab_size, used=sequence_len
+            ):
                 collector.add(document, line)
         return collector.close()
 
@@ -143,37 +144,6 @@ def _cached(folder: Path, fill: Callable[[Callable[[str, NDArray[Any]], None]], 
         log.warning("the tokenized data is not kept in %s: %s", folder, error)
         return None
     return TokenizedData.mapped(folder)
-
-
-def _documents(path: Path, encode: Encoder, limit: int | None) -> Iterator[tuple[int, Document]]:
-    """The file's documents with their lines, encoded by the batch."""
-    for batch in read_batches(path, limit):
-        try:
-            yield from zip([line for line, _ in batch], encode([row for _, row in batch]), strict=True)
-            continue
-        except ValueError:
-            pass
-        for line, row in batch:
-            try:
-                (document,) = encode([row])
-            except ValueError as error:
-                raise bad_row(path, line, error) from None
-            yield line, document
-
-
-def _check_ids(path: Path, line: int, ids: Sequence[Any], tokenizer: Any, vocab_size: int | None) -> None:
-    if any(type(token) is not int for token in ids):
-        raise bad_row(path, line, "has text that the tokenizer knows no token for")
-    token = max(ids, default=0)
-    if vocab_size is not None and token >= vocab_size:
-        raise TrainChainError(
-            "model.unreadable",
-            f"{place_of(path, line)} has the token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), but the "
-            f"base model knows only the {vocab_size} tokens below {vocab_size}.",
-            hint="The tokenizer in the model folder is not the model's own, or has tokens added; leave those out.",
-            file=path.name,
-            line=line,
-        )
 
 
 def vocabulary(config: Any) -> int | None:

@@ -134,6 +134,56 @@ def encoder(form: DataFormat, tokenizer: Any) -> Encoder:
     return prompt_completion if form == "prompt_completion" else plain
 
 
+def read_documents(
+    path: Path,
+    form: DataFormat,
+    tokenizer: Any,
+    limit: int | None = None,
+    *,
+    vocab_size: int | None = None,
+    used: int | None = None,
+) -> Iterator[tuple[int, Document]]:
+    """The documents of the file's first `limit` rows with their rows' numbers; of each the first `used` tokens matter.
+
+    Raises TrainChainError: as read_rows and encoder do; data.format on a row that is no document; model.unreadable on
+    a token id not below `vocab_size`.
+    """
+    encode = encoder(form, tokenizer)
+    for batch in read_batches(path, limit):
+        for number, document in _encoded(path, batch, encode):
+            _check_ids(path, number, document[0][:used], tokenizer, vocab_size)
+            yield number, document
+
+
+def _encoded(path: Path, batch: list[tuple[int, dict[str, Any]]], encode: Encoder) -> Iterator[tuple[int, Document]]:
+    try:
+        documents = encode([row for _, row in batch])
+    except ValueError:
+        for number, row in batch:
+            try:
+                (document,) = encode([row])
+            except ValueError as error:
+                raise bad_row(path, number, error) from None
+            yield number, document
+    else:
+        yield from zip([number for number, _ in batch], documents, strict=True)
+
+
+def _check_ids(path: Path, row: int, ids: Sequence[Any], tokenizer: Any, vocab_size: int | None) -> None:
+    if any(type(token) is not int for token in ids):
+        raise bad_row(path, row, "has text that the tokenizer knows no token for")
+    token = max(ids, default=0)
+    if vocab_size is not None and token >= vocab_size:
+        raise TrainChainError(
+            "model.unreadable",
+            f"{place_of(path, row)} has the token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), but the "
+            f"base model knows only the {vocab_size} tokens below {vocab_size}.",
+            hint="The tokenizer in the model folder is not the model's own, or has tokens added; leave those out.",
+            file=path.name,
+            line=row,
+        )
+
+
 def _ids(texts: list[str], tokenizer: Any, **options: Any) -> list[list[int]]:
     try:
         made = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **options)
