@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy or torch is imported
+KEPT = ("TRAINCHAIN_ANVIL", "TRAINCHAIN_AZURITE")
+"""What stays of them: where programs lie that are tested against."""
 
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("TRAINCHAIN_") and name != "TRAINCHAIN_ANVIL"]:
+    for name in [name for name in os.environ if name.startswith("TRAINCHAIN_") and name not in KEPT]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TRAINCHAIN_HOME", str(_home(tmp_path_factory)))
