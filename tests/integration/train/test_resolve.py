@@ -62,7 +62,7 @@ def test_what_an_engine_will_load_is_tokenized_once(
     plain = look(tiny, chats, test)
 
     assert look(tiny, chats, test, cache=cache) == plain
-    monkeypatch.setattr("trainchain.core.train.data.encoder", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr("trainchain.core.train.rows.encoder", lambda *_: pytest.fail("tokenized again"))
     assert look(tiny, chats, test, cache=cache) == plain
     assert plain.held_out is not None
     tokenizer, size = load_tokenizer(tiny), vocabulary(load_config(tiny))

@@ -190,7 +190,7 @@ def test_data_is_tokenised_once_and_mapped(make_job: MakeJob, tmp_path: Path, mo
     def never(*_: object) -> None:
         raise AssertionError("the data was tokenised again")
 
-    monkeypatch.setattr("trainchain.core.train.data.encoder", never)
+    monkeypatch.setattr("trainchain.core.train.rows.encoder", never)
     second = Engine(job.recipe, job.model, job.data, threads=1, cache=tmp_path / "cache")
 
     assert second.train(job.start, 1, 0, LEASE).leaves == plain.leaves
