@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,8 @@ from tests.fixtures_azure import (
 )
 from trainchain.core.errors import TrainChainError
 from trainchain.core.sources.address import AzureAddress, parse
-from trainchain.core.sources.azureml import CONTENT_TAG, AzureML
+from trainchain.core.sources.azureml import AzureML
+from trainchain.core.sources.azureml_push import CONTENT_TAG
 from trainchain.core.sources.azureml_session import CONTEXT, Session, sdk
 from trainchain.core.sources.found import FoundFile
 
@@ -379,10 +381,23 @@ def test_many_files_ask_the_control_plane_once_and_a_signature_that_ran_out_is_r
 
 def test_a_file_that_cannot_be_written_is_told(stub: Stub, tmp_path: Path) -> None:
     place(stub, MODEL)
-    for partial, code in ((tmp_path / "no/folder/m", "usage.file"), (Path("/dev/full"), "disk.full")):
+    (tmp_path / "file").write_bytes(b"")
+    for partial, code in ((tmp_path / "file/m", "usage.file"), (Path("/dev/full"), "disk.full")):
         with pytest.raises(TrainChainError) as told:
             azure(stub).fetch(THEIRS, "model.safetensors", partial, size=len(WEIGHTS))
         assert told.value.code == code
+
+
+def test_what_the_disk_has_no_room_for_is_not_begun(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(stub, MODEL)
+    free = shutil.disk_usage(tmp_path)._replace(free=len(WEIGHTS) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(TrainChainError) as told:
+        azure(stub).fetch(THEIRS, "model.safetensors", tmp_path / "deep/m", size=len(WEIGHTS))
+    assert told.value.code == "disk.full"
+    assert not (tmp_path / "deep/m").exists()
 
 
 # -- ours: sign-in, rights, trouble ------------------------------------------------------------------------------------
@@ -542,6 +557,7 @@ def test_an_adapter_is_pushed_once_and_again_only_when_it_changed(
     assert known["1"]["description"] == "Job 1"
     assert known["1"]["tags"][CONTENT_TAG] != known["2"]["tags"][CONTENT_TAG]
     assert capfd.readouterr() == ("", "")
+    assert all(version["modelUri"].rstrip("/").rpartition("/")[2].startswith("talker-") for version in known.values())
     back = azure(stub).head(first.url, "adapter_model.safetensors", 8)
     assert back == WEIGHTS[:8]
     assert azure(stub).head(second.url, "audit/job.json", 2) == b"{}"
@@ -567,6 +583,25 @@ def test_a_push_that_is_refused_registers_nothing(
     assert told.value.code == code
     clean(told.value)
     assert not stub.assets
+
+
+def test_an_upload_that_is_refused_ends_and_may_be_tried_again(stub: Stub, tmp_path: Path) -> None:
+    folder = adapter(tmp_path)
+    container = stub.stores["workspaceblobstore"]["container"]
+    stub.store("workspaceblobstore", container, "Sas")  # which may be read with, and not written
+    with pytest.raises(TrainChainError) as told:
+        azure(stub).push(folder, at(f"{LONG}/models/talker"), message="x", private=True)
+    assert told.value.code == "source.forbidden"
+    assert "Storage Blob Data Contributor" in told.value.hint
+    stub.store("workspaceblobstore", container)
+    assert azure(stub).push(folder, at(f"{LONG}/models/talker"), message="x", private=True).commit == "1"
+
+
+def test_a_folder_that_is_a_link_is_pushed_whole(stub: Stub, tmp_path: Path) -> None:
+    adapter(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "adapter", target_is_directory=True)
+    pushed = azure(stub).push(tmp_path / "link", at(f"{LONG}/models/talker"), message="x", private=True)
+    assert azure(stub).head(pushed.url, "audit/job.json", 2) == b"{}"
 
 
 # -- what the tests above share ----------------------------------------------------------------------------------------

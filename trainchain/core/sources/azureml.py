@@ -6,8 +6,7 @@ GUID. Bytes come from the blob client, file by file and by ranges. Keys and sign
 """
 
 import contextlib
-import hashlib
-import io
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from trainchain.core.digests import sha256_file
 from trainchain.core.errors import TrainChainError
 from trainchain.core.sources.address import Address, Asked, AzureAddress
 from trainchain.core.sources.azureml_address import Asset, Registry, Workspace, read, shown
@@ -23,9 +21,11 @@ from trainchain.core.sources.azureml_errors import (
     WRITE_REGISTRY,
     WRITE_WORKSPACE,
     asking,
+    check_room,
     status_of,
     writing,
 )
+from trainchain.core.sources.azureml_push import content_of, register, version_with
 from trainchain.core.sources.azureml_session import Session, role_to_read, sdk
 from trainchain.core.sources.found import (
     DATA_FILES,
@@ -41,11 +41,9 @@ from trainchain.core.sources.found import (
     too_many,
 )
 
-CONTENT_TAG = "trainchain-content"
 _INDEX = "model.safetensors.index.json"
 _LARGEST_INDEX = 64 << 20
 _LONGEST_LICENSE = 100
-_MOST_VERSIONS = 5_000
 
 
 @dataclass(frozen=True)
@@ -123,31 +121,16 @@ class AzureML:
         scope = self._fixed(asset)
         asset = Asset(scope, "models", asset.name)
         what = str(asset)
-        content = _content(folder)
         role = WRITE_REGISTRY if isinstance(scope, Registry) else WRITE_WORKSPACE
         client = self._session.client(scope)
+        with writing(folder, "read"):
+            content = content_of(folder)
         with asking(what, role):
-            there = _version_with(client, asset.name, content)
-        if there is not None:
-            return Pushed(str(asset.at(scope, there)), there, created=False)
-        model = sdk("azure.ai.ml.entities").Model(
-            name=asset.name,
-            path=str(folder.absolute()),
-            type="custom_model",
-            description=message,
-            tags={CONTENT_TAG: content},
-        )
-        with asking(what, role):
-            try:
-                with contextlib.redirect_stderr(io.StringIO()):  # the SDK writes empty lines there
-                    version = str(client.models.create_or_update(model).version)
-            except Exception as error:
-                if status_of(error) == 409 or type(error).__name__ == "AssetPathException":
-                    raise TrainChainError(
-                        "push.conflict", f"Somebody else pushed to {what} at the same time.", hint="Push again."
-                    ) from None
-                raise
-        return Pushed(str(asset.at(scope, version)), version, created=True)
+            version = version_with(client, asset.name, content)
+            created = version is None
+            if version is None:
+                version = register(client, asset.name, folder, content, message)
+        return Pushed(str(asset.at(scope, version)), version, created)
 
     def _fixed(self, asset: Asset) -> Registry | Workspace:
         if isinstance(asset.scope, Registry | Workspace):
@@ -272,6 +255,12 @@ class AzureML:
             )
 
 
+@functools.cache
+def shared() -> AzureML:
+    """The one that asks the real Azure: a sign-in is slow, and serves every file of a job."""
+    return AzureML()
+
+
 def _asset(address: Address, asked: Asked) -> Asset:
     assert isinstance(address, AzureAddress)
     return read(address.text, asked)
@@ -335,17 +324,19 @@ def _license(tags: Mapping[str, Any]) -> str | None:
 def _fetch(blob: Any, what: str, partial: Path, size: int) -> None:
     properties = blob.get_blob_properties()
     if properties.size != size:
+        partial.unlink(missing_ok=True)
         raise TrainChainError(
             "source.changed",
-            f"{what} has {properties.size:,} bytes; it had {size:,} when the job was published.",
+            f"{what} has {properties.size:,} bytes, and {size:,} in the manifest.",
             hint="Somebody changed it in place. The job's owner has to publish again.",
         )
     with writing(partial):
+        partial.parent.mkdir(parents=True, exist_ok=True)
         have = partial.stat().st_size if partial.exists() else 0
+        have = have if have <= size else 0
+        check_room(partial, size - have)
         file = partial.open("r+b" if have else "wb")
     with file:
-        if have > size:
-            file.truncate(have := 0)
         file.seek(have)
         if have < size:
             # Only this state of the blob: one that is changed meanwhile is refused by Azure.
@@ -362,25 +353,3 @@ def _fetch(blob: Any, what: str, partial: Path, size: int) -> None:
         raise TrainChainError(
             "source.unavailable", f"{what} broke off after {have:,} of {size:,} bytes.", hint="Try again: it goes on."
         )
-
-
-def _content(folder: Path) -> str:
-    """One digest of all names and bytes of a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{sha256_file(path)} {path.relative_to(folder).as_posix()}\n".encode())
-    return digest.hexdigest()
-
-
-def _version_with(client: Any, name: str, content: str) -> str | None:
-    """The version of a model that was pushed with this content, if there is one."""
-    try:
-        for seen, model in enumerate(client.models.list(name=name)):
-            if (model.tags or {}).get(CONTENT_TAG) == content:
-                return str(model.version)
-            if seen >= _MOST_VERSIONS:
-                break
-    except Exception as error:
-        if status_of(error) != 404:
-            raise
-    return None

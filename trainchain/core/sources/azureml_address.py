@@ -97,7 +97,7 @@ class Asset:
 
 
 def read(text: str, asked: Asked) -> Asset:
-    """Read an address: keywords in any case, one slash at the end or none. `asked` decides what a short form means.
+    """Read an address: keywords in any case, with `/` at the end or without. `asked` decides what a short form means.
 
     Raises `source.address` for what is none of the forms, and for forms that name no place of files.
     """

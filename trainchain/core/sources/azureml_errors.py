@@ -6,6 +6,7 @@ exception is the list of the credentials that were tried, which is what people n
 
 import errno
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,8 +52,10 @@ def told(error: Exception, what: str, role: str) -> TrainChainError:
     from azure.core.exceptions import ClientAuthenticationError, HttpResponseError, ServiceRequestError
     from azure.core.exceptions import ServiceResponseError as NoAnswer
 
-    status = status_of(error)
-    code = code_of(error)
+    cause: BaseException = error
+    while status_of(cause) is None and cause.__cause__ is not None:  # the SDK wraps some refusals in its own errors
+        cause = cause.__cause__
+    status, code = status_of(cause), code_of(cause)
     if status is None and isinstance(error, ClientAuthenticationError):
         return TrainChainError("source.token", f"Nobody is signed in to Azure.\n{tried(str(error))}", hint=SIGN_IN)
     if status == 401:
@@ -121,13 +124,23 @@ def _names_nothing(error: Exception) -> bool:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Write to a file of this machine; a full disk and its like are ours afterwards."""
+def writing(path: Path, done: str = "written") -> Iterator[None]:
+    """Write to (or read) a file of this machine; a full disk and its like are ours afterwards."""
     try:
         yield
     except OSError as error:
         if error.errno in _NO_SPACE:
-            raise TrainChainError(
-                "disk.full", f"The disk has no room for {path}.", hint="Free some, or move TRAINCHAIN_HOME."
-            ) from None
-        raise TrainChainError("usage.file", f"{path} cannot be written: {error.strerror}.") from None
+            raise _full(f"The disk has no room left for {path}.") from None
+        raise TrainChainError(
+            "usage.file", f"{path} cannot be {done}: {error.strerror}.", hint="Check the folder's rights."
+        ) from None
+
+
+def check_room(path: Path, size: int) -> None:
+    """Raise `disk.full` where the disk of `path` has no room for `size` bytes more."""
+    if shutil.disk_usage(path.parent).free < size:
+        raise _full(f"{path} needs {size / 1e9:,.2f} GB more than its disk has free.")
+
+
+def _full(message: str) -> TrainChainError:
+    return TrainChainError("disk.full", message, hint="Free some (`trainchain cache ls`), then try again.")

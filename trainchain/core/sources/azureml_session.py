@@ -262,7 +262,6 @@ class Session:
         self._quiet()
         options: dict[str, Any] = {
             "enable_telemetry": False,
-            "show_progress": False,
             "cloud": self.cloud.name,
             "transport": self.transport(),
             "retry_total": _RETRIES,

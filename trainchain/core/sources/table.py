@@ -18,8 +18,8 @@ def source_of(text: str | Address) -> Source:
 
         return HuggingFace()
     if isinstance(address, AzureAddress):
-        from trainchain.core.sources.azureml import AzureML
+        from trainchain.core.sources.azureml import shared
 
-        return AzureML()
+        return shared()
     assert isinstance(address, Local)
     raise TrainChainError("source.address", f"{address.text!r} is a path of this machine, not a source elsewhere.")
