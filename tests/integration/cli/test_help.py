@@ -58,7 +58,7 @@ def test_every_help_is_an_answer(helped: dict[str, Any]) -> None:
 
 
 def test_every_command_shows_how_it_is_used(helped: dict[str, Any]) -> None:
-    groups = {"--help", "cache --help", "jobs --help", "wallet --help", "chain --help"}
+    groups = {"--help", "cache --help", "data --help", "jobs --help", "wallet --help", "chain --help"}
     for command, (_, out, _) in helped["said"].items():
         if command in groups:
             continue

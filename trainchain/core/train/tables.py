@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, Literal
 
 from trainchain.core.errors import TrainChainError
 
@@ -63,9 +63,14 @@ def _conversion(path: Path) -> str:
     return "Convert it to one JSON object a line, and name it .jsonl."
 
 
+def unit_of(path: Path) -> Literal["row", "line"]:
+    """What the numbers of the file's rows count."""
+    return "row" if path.suffix == ".parquet" or _is_parquet(path) else "line"
+
+
 def place_of(path: Path, row: int) -> str:
     """How a row is named to people."""
-    return f"{path.name} {'row' if path.suffix == '.parquet' or _is_parquet(path) else 'line'} {row}"
+    return f"{path.name} {unit_of(path)} {row}"
 
 
 def bad_row(path: Path, row: int, what: str | ValueError, hint: str = "") -> TrainChainError:
