@@ -12,7 +12,21 @@ import typer
 from typer.exceptions import TyperException
 
 from trainchain import __version__
-from trainchain.cli import cache, chain, claim, devnet, jobs, pull, run, serve_gpu, serve_hub, submit, train, wallet
+from trainchain.cli import (
+    cache,
+    chain,
+    claim,
+    data,
+    devnet,
+    jobs,
+    pull,
+    run,
+    serve_gpu,
+    serve_hub,
+    submit,
+    train,
+    wallet,
+)
 from trainchain.cli.output import Output
 from trainchain.core.errors import TrainChainError
 
@@ -48,6 +62,7 @@ app.command("serve-gpu")(serve_gpu.serve_gpu)
 app.command("claim")(claim.claim)
 app.command("serve-hub")(serve_hub.serve_hub)
 app.command("train")(train.train)
+app.add_typer(data.app, name="data")
 app.add_typer(wallet.app, name="wallet")
 app.add_typer(chain.app, name="chain")
 app.add_typer(cache.app, name="cache")
