@@ -117,6 +117,7 @@ def verify(home: Home = None, json_: Json = False) -> int:
     from trainchain.core.errors import TrainChainError
     from trainchain.core.settings import Settings
     from trainchain.core.worker import cache
+    from trainchain.core.worker.room import plain
 
     out = Output(json_mode=json_)
     settings = Settings.load(home)
@@ -134,7 +135,7 @@ def verify(home: Home = None, json_: Json = False) -> int:
         hint="trainchain cache verify | xargs trainchain cache rm",
     )
     if not json_:
-        out.result("\n".join(names), {})
+        out.result("\n".join(map(plain, names)), {})
         raise error
     document = {"ok": False, "checked": checked, "damaged": [_document(entry) for entry, _ in damaged]}
     out.result("", document | {"error": {"code": error.code, "message": error.message, "hint": error.hint}})
