@@ -20,6 +20,7 @@ from trainchain.cli import (
     devnet,
     jobs,
     pull,
+    push,
     run,
     serve_gpu,
     serve_hub,
@@ -58,6 +59,7 @@ app.command("run")(run.run)
 app.command("submit")(submit.submit)
 app.add_typer(jobs.app, name="jobs")
 app.command("pull")(pull.pull)
+app.command("push")(push.push)
 app.command("serve-gpu")(serve_gpu.serve_gpu)
 app.command("claim")(claim.claim)
 app.command("serve-hub")(serve_hub.serve_hub)

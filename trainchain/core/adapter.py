@@ -84,12 +84,16 @@ def tensor_specs(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in sorted(adapter.items())}
 
 
-def peft_config(recipe: ResolvedRecipe, base_name: str) -> dict[str, Any]:
-    """The `adapter_config.json` with which PEFT, and all that reads PEFT folders, loads the adapter."""
+def peft_config(recipe: ResolvedRecipe, base_name: str, revision: str | None = None) -> dict[str, Any]:
+    """The `adapter_config.json` with which PEFT, and all that reads PEFT folders, loads the adapter.
+
+    `base_name` is a folder, or a repository's id, whose commit is `revision`.
+    """
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
+        "revision": revision,
         "r": recipe.lora.r,
         "lora_alpha": recipe.lora.alpha,
         "lora_dropout": 0.0,
@@ -102,9 +106,11 @@ def peft_config(recipe: ResolvedRecipe, base_name: str) -> dict[str, Any]:
     }
 
 
-def write_peft_folder(folder: Path, adapter: Adapter, recipe: ResolvedRecipe, base_name: str) -> None:
+def write_peft_folder(
+    folder: Path, adapter: Adapter, recipe: ResolvedRecipe, base_name: str, revision: str | None = None
+) -> None:
     """Write the standard layout, readable by PEFT alone: the weights and their `adapter_config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(peft_config(recipe, base_name), indent=2, sort_keys=True) + "\n"
+    config = json.dumps(peft_config(recipe, base_name, revision), indent=2, sort_keys=True) + "\n"
     (folder / WEIGHTS_FILE).write_bytes(adapter_bytes(adapter))
     (folder / CONFIG_FILE).write_text(config, encoding="utf-8", newline="\n")
