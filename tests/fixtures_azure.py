@@ -288,6 +288,7 @@ class Person:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet: two would wait for each other
     stub: Stub
 
     def _serve(self) -> None:
