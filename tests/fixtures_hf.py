@@ -82,6 +82,13 @@ class Repo:
         return oid
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """A client that went away in the middle is what some tests are about."""
+
+
 class Hub:
     """Serves from `__enter__` to `__exit__`. With `xet`, large files go through hf-xet's own local store."""
 
@@ -100,11 +107,10 @@ class Hub:
         from tests.fixtures_hf_http import Handler
 
         handler = type("Handler", (Handler,), {"hub": self})
-        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
+        self._servers = [_Server(("127.0.0.1", 0), handler) for _ in range(2)]
         self.url, self.store_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
         serve = [threading.Thread(target=server.serve_forever, args=(0.02,)) for server in self._servers]
-        for server, thread in zip(self._servers, serve, strict=True):
-            server.daemon_threads = True
+        for thread in serve:
             thread.start()
         self._threads = serve
         return self
@@ -243,7 +249,7 @@ class Hub:
     def environment(self, user: str | None = None) -> dict[str, str]:
         """For a process of its own. Where its cache lies (HF_HOME) is the caller's to say."""
         quiet = ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK", "HF_HUB_DISABLE_PROGRESS_BARS")
-        xet = {} if self.store else {"HF_HUB_DISABLE_XET": "1"}
+        xet = {"HF_XET_CACHE": str(self.store / "cache")} if self.store else {"HF_HUB_DISABLE_XET": "1"}
         signed = {"HF_TOKEN": self.token(user)} if user else {}
         return {"HF_ENDPOINT": self.url, **dict.fromkeys(quiet, "1"), **xet, **signed}
 

@@ -201,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
             route = f"{self.hub.url}/api/{repo.kind}s/{id}/xet-read-token/{commit}"
             headers |= {"X-Xet-Hash": xet, "Link": f'<{route}>; rel="xet-auth"'}
         if data is None:  # it came through xet, and lies in its store alone
-            return self.reply(b"", 302, {**headers, "Location": f"{self.hub.url}/gone"})
+            return self.reply(b"", 302, {**headers, "Location": f"{self.hub.store_url}/gone"})
         served = hashlib.sha256(data).hexdigest()
         self.hub.blobs[served] = data
         signed = f"{self.hub.store_url}/cdn/{served}/{quote(path)}?Signature=secret"
@@ -220,8 +220,9 @@ class Handler(BaseHTTPRequestHandler):
         self.repo(kind, id, write=may == "write", files=True)
         if self.hub.store is None:
             raise Refused(404, message="xet is not spoken here")
-        until = {"X-Xet-Token-Expiration": str(int(time.time()) + 3600), "X-Xet-Access-Token": "xet"}
-        self.json({}, headers={"X-Xet-Cas-Url": f"local://{self.hub.store}", **until})
+        told = {"casUrl": f"local://{self.hub.store}", "accessToken": "xet", "exp": int(time.time()) + 3600}
+        names = ("X-Xet-Cas-Url", "X-Xet-Access-Token", "X-Xet-Token-Expiration")
+        self.json(told, headers=dict(zip(names, map(str, told.values()), strict=True)))
 
     # -- commits ----------------------------------------------------------------------------------------------------
 

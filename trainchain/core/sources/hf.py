@@ -1,8 +1,7 @@
-"""The Hugging Face Hub: models and data sets pinned to a commit, fetched with resume, adapters pushed.
+"""The Hugging Face Hub: models and data sets pinned to a commit, their files fetched, adapters pushed.
 
-The vendor's client signs in, follows redirects and speaks xet; the bytes are streamed here, because since version 2
-it starts a broken download from the beginning. What it does not do, the caller does: check the hash of every file.
-Uses the token of HF_TOKEN or `hf auth login` and the hub of HF_ENDPOINT, as both are when a call is made.
+Uses the token of HF_TOKEN or `hf auth login` and the hub of HF_ENDPOINT, as both are when a call is made. What the
+Hub's client does not do the caller does: check the hash of every file.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from trainchain.core.digests import CHUNK
@@ -30,24 +28,21 @@ from trainchain.core.sources.found import (
     Pushed,
     check_kept,
     check_names,
+    missing_shards,
     model_files,
     too_many,
 )
-from trainchain.core.sources.hf_answers import HOME, Asking, Broken, disk_error
+from trainchain.core.sources.hf_answers import HOME, Asking, disk_error
+from trainchain.core.sources.hf_download import PATIENCE, XET_ERRORS, by_http, by_xet, changed, metadata, opened, url_of
 from trainchain.core.sources.hf_listing import data_files, file_of, folder_of, license_of
 
 if TYPE_CHECKING:
-    import httpx2
     from huggingface_hub import CommitInfo, HfApi
-    from huggingface_hub.utils._xet import XetFileData
 
 ATTEMPTS = 5
-CONNECT, PATIENCE = 10.0, 30.0
-"""Seconds without a connection, and without a byte."""
-_PIECE = 64 << 10
-"""Bytes written at once, and lost at most when a download breaks off."""
 LONGEST_PAGE = 32 << 20
 """Bytes of one page of a listing."""
+INDEX = "model.safetensors.index.json"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -80,40 +75,66 @@ class HuggingFace:
         kept = sorted(kept, key=lambda file: file.path)
         check_kept(kept, address.text)
         if info.gated is not False:  # the list of a gated repository is public, its files are not
-            self._metadata(ask, named, kept[0].path)
+            metadata(ask, named, kept[0].path)
+        if kind == "model":
+            self._check_shards(named, [file.path for file in kept], address.text)
         return Found(named.at(commit), license_of(info), kept, f"{ask.page(named)}/tree/{commit}")
+
+    def _check_shards(self, address: HubAddress, paths: list[str], where: str) -> None:
+        """Raise `source.incomplete` for shards that the index counts on and the repository has not."""
+        import json
+
+        names = {path.rpartition("/")[2]: path for path in paths}
+        if INDEX not in names or "model.safetensors" in names:
+            return
+        data = self.head(address.at(address.revision or ""), names[INDEX], LONGEST_PAGE) or b""
+        try:
+            missing = missing_shards(json.loads(data), names)
+        except (ValueError, RecursionError):
+            missing = [f"a readable {INDEX}"]
+        if missing:
+            raise TrainChainError(
+                "source.incomplete",
+                f"{where} lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}, which its index names.",
+                hint="Name a revision that is complete, or wait until the upload has ended.",
+            )
 
     def fetch(self, source: str, path: str, partial: Path, *, size: int) -> None:
         """Bring a file to `partial`, going on after the bytes that lie there. Raises `source.changed` for another
         size; the caller checks the hash."""
         ask = self._asking()
         address = _pinned(source, path)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        have = partial.stat().st_size if partial.exists() else 0
-        if have == size and partial.exists():
-            return
-        if have > size:
-            partial.unlink()
-            have = 0
-        if shutil.disk_usage(partial.parent).free < size - have:
-            raise TrainChainError(
-                "disk.full",
-                f"{path} needs {(size - have) / 1e9:,.2f} GB more than the disk of {partial.parent} has free.",
-                hint="Free some (`trainchain cache ls`), then try again.",
-            )
-        told, xet = self._metadata(ask, address, path)
-        if told is not None and told != size:
-            partial.unlink(missing_ok=True)
-            raise _changed(address, f"is {told:,} bytes there, and {size:,} in the manifest")
         try:
-            if xet is not None:
-                self._fetch_xet(ask, address, xet, partial, size)
-            else:
-                self._fetch_http(ask, address, partial, size)
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            self._fetch(ask, address, partial, size)
+        except OSError as error:
+            raise disk_error(error, address) from None
         except TrainChainError as error:
             if error.code in ("source.changed", "disk.full"):
                 partial.unlink(missing_ok=True)
             raise
+
+    @staticmethod
+    def _fetch(ask: Asking, address: HubAddress, partial: Path, size: int) -> None:
+        have = partial.stat().st_size if partial.exists() else -1
+        if have == size:
+            return
+        if have > size:
+            partial.unlink()
+        missing = size - max(have, 0) if have <= size else size
+        if shutil.disk_usage(partial.parent).free < missing:
+            raise TrainChainError(
+                "disk.full",
+                f"{address.path} needs {missing / 1e9:,.2f} GB, and the disk of {partial.parent} has less free.",
+                hint="Free some (`trainchain cache ls`), then try again.",
+            )
+        told, xet = metadata(ask, address, address.path or "")
+        if told is not None and told != size:
+            raise changed(address, f"is {told:,} bytes there, and {size:,} in the manifest")
+        if xet is not None:
+            ask.patiently(address, lambda: by_xet(ask, address, xet, partial, size))
+        else:
+            by_http(ask, address, partial, size)
 
     def head(self, source: str, path: str, count: int) -> bytes | None:
         """The first `count` bytes of a file of a pinned source, or all of a shorter one."""
@@ -123,7 +144,7 @@ class HuggingFace:
             return b""
 
         def read() -> bytes:
-            with self._open(ask, _url(ask, address, path), {"Range": f"bytes=0-{count - 1}"}) as answer:
+            with opened(ask, url_of(ask, address, path), {"Range": f"bytes=0-{count - 1}"}) as answer:
                 data = b""
                 for chunk in answer.iter_bytes(CHUNK):
                     data += chunk
@@ -142,6 +163,7 @@ class HuggingFace:
         repository's visibility is changed. Raises `push.conflict` where somebody else wrote meanwhile.
         """
         from huggingface_hub import CommitOperationAdd
+        from huggingface_hub.errors import HfHubHTTPError
 
         assert isinstance(target, HubAddress)
         ask = self._asking()
@@ -175,10 +197,12 @@ class HuggingFace:
             adds = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
             try:
                 return api.create_commit(target.repo, adds, commit_message=message, parent_commit=parent)
-            except RuntimeError as error:  # how its upload threads and hf_xet tell of what went wrong
-                if isinstance(error.__cause__, Exception):
+            except XET_ERRORS as error:
+                if isinstance(error, HfHubHTTPError):
+                    raise
+                if isinstance(error.__cause__, Exception):  # out of a thread that uploads
                     raise error.__cause__ from None
-                raise Broken(ask.clean(str(error)), progress=False) from None
+                raise ask.unavailable_xet(target, error) from None
 
         done = ask.patiently(target, commit)
         return Pushed(url=ask.page(target), commit=done.oid, created=done.oid != parent)
@@ -189,15 +213,19 @@ class HuggingFace:
         from huggingface_hub import get_token
         from huggingface_hub.utils import disable_progress_bars
 
+        logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs the signed addresses of files
         if not sys.stderr.isatty():  # the client's bars and warnings are for a person who looks on
             logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
             disable_progress_bars()
         endpoint = (self._endpoint or os.environ.get("HF_ENDPOINT") or HOME).rstrip("/")
         ask = Asking(endpoint, None, self._sleep, self._attempts)
-        if urlsplit(endpoint).scheme not in ("http", "https"):
+        if not ask.shown:
             raise ask.no_hub()
-        token = get_token()
-        if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        try:
+            token = get_token()
+        except (OSError, ValueError, RuntimeError):  # an unreadable token file; a sign-in that failed
+            token = ""
+        if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
             raise TrainChainError(
                 "source.token",
                 "What HF_TOKEN or the token file holds is no token.",
@@ -210,7 +238,7 @@ class HuggingFace:
     def _api(ask: Asking) -> HfApi:
         from huggingface_hub import HfApi
 
-        return HfApi(endpoint=ask.endpoint, token=ask.token or False)
+        return HfApi(endpoint=ask.endpoint, token=ask.token or False, library_name="trainchain")
 
     def _info(self, ask: Asking, address: HubAddress) -> Any:
         """The repository at a revision: its commit, licence, and who may see it. Not its files: they may be many."""
@@ -247,7 +275,7 @@ class HuggingFace:
         from huggingface_hub.utils import fix_hf_endpoint_in_url
 
         def read() -> tuple[Any, str | None]:
-            with self._open(ask, url, {}) as answer:
+            with opened(ask, url, {}) as answer:
                 data = b""
                 for chunk in answer.iter_bytes(CHUNK):
                     data += chunk
@@ -264,79 +292,6 @@ class HuggingFace:
                 raise ask.no_hub()
         return entries, after
 
-    def _metadata(self, ask: Asking, address: HubAddress, path: str) -> tuple[int | None, XetFileData | None]:
-        """Ask for one file without its bytes: its size, and where xet keeps it if it does and is not switched off."""
-        from huggingface_hub import get_hf_file_metadata
-        from huggingface_hub.utils._runtime import is_xet_available
-
-        url = _url(ask, address, path)
-        told = ask.patiently(
-            address,
-            lambda: get_hf_file_metadata(url, token=ask.token or False, timeout=PATIENCE, endpoint=ask.endpoint),
-        )
-        return told.size, told.xet_file_data if is_xet_available() else None
-
-    @contextmanager
-    def _open(self, ask: Asking, url: str, headers: dict[str, str]) -> Iterator[httpx2.Response]:
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
-
-        every = {**build_hf_headers(token=ask.token or False), "Accept-Encoding": "identity", **headers}
-        timeout = httpx.Timeout(PATIENCE, connect=CONNECT)
-        with get_session().stream("GET", url, headers=every, timeout=timeout, follow_redirects=True) as answer:
-            hf_raise_for_status(answer)
-            yield answer
-
-    def _fetch_http(self, ask: Asking, address: HubAddress, partial: Path, size: int) -> None:
-        from huggingface_hub.utils import httpx
-
-        url = _url(ask, address, address.path or "")
-
-        def go_on(file: BinaryIO) -> None:
-            have = file.seek(0, os.SEEK_END)
-            with self._open(ask, url, {"Range": f"bytes={have}-"} if have else {}) as answer:
-                if have and _start(answer) != have:
-                    have = file.seek(0)
-                    file.truncate()
-                    if answer.status_code == 206:
-                        raise Broken("it sent another part of the file than it was asked for", progress=False)
-                before = have
-                try:
-                    for chunk in answer.iter_bytes(_PIECE):
-                        if have + len(chunk) > size:
-                            raise _changed(address, f"has more than the {size:,} bytes in the manifest")
-                        file.write(chunk)
-                        have += len(chunk)
-                except httpx.TransportError as error:
-                    why = ask.clean(str(error)) or type(error).__name__
-                    raise Broken(why, progress=have - before >= CHUNK) from None
-                except OSError as error:
-                    raise disk_error(error, address) from None
-                if have < size:
-                    raise Broken(f"it ended after {have:,} of {size:,} bytes", progress=have - before >= CHUNK)
-
-        with partial.open("ab") as file:
-            ask.patiently(address, lambda: go_on(file))
-
-    def _fetch_xet(self, ask: Asking, address: HubAddress, xet: XetFileData, partial: Path, size: int) -> None:
-        from huggingface_hub.file_download import xet_get
-        from huggingface_hub.utils import build_hf_headers
-
-        def get() -> None:
-            headers = build_hf_headers(token=ask.token or False)
-            try:
-                xet_get(incomplete_path=partial, xet_file_data=xet, headers=headers, expected_size=size)
-            except (RuntimeError, PermissionError, ConnectionError, TimeoutError) as error:
-                raise Broken(f"xet: {ask.clean(str(error))}", progress=False) from None
-
-        try:
-            ask.patiently(address, get)
-        except TrainChainError as error:
-            if error.code == "source.unavailable":
-                error.hint += " Where only this hub's own host can be reached, set HF_HUB_DISABLE_XET=1."
-            raise
-        if (found := partial.stat().st_size) != size:
-            raise _changed(address, f"came with {found:,} bytes, and has {size:,} in the manifest")
-
 
 def _pinned(source: str, path: str) -> HubAddress:
     address = parse(source, "data" if source.startswith("hf://datasets/") else "model")
@@ -344,13 +299,6 @@ def _pinned(source: str, path: str) -> HubAddress:
         raise TrainChainError("source.address", f"{source!r} names no commit.", hint="Resolve it first.")
     check_names([path], source)
     return HubAddress(address.kind, address.repo, address.revision, path)
-
-
-def _url(ask: Asking, address: HubAddress, path: str) -> str:
-    from huggingface_hub import hf_hub_url
-
-    kind = "dataset" if address.kind == "data" else "model"
-    return hf_hub_url(address.repo, path, repo_type=kind, revision=address.revision, endpoint=ask.endpoint)
 
 
 def _repo(ask: Asking, name: object, address: HubAddress) -> str:
@@ -363,17 +311,3 @@ def _repo(ask: Asking, name: object, address: HubAddress) -> str:
     if not isinstance(read, HubAddress) or read.path or read.revision:
         raise ask.no_hub()
     return read.repo
-
-
-def _start(answer: httpx2.Response) -> int:
-    """Where in the file an answer begins."""
-    found = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", "")) if answer.status_code == 206 else None
-    return int(found[1]) if found else 0
-
-
-def _changed(address: HubAddress, how: str) -> TrainChainError:
-    return TrainChainError(
-        "source.changed",
-        f"{address.path} of {address.at(address.revision or '')} {how}.",
-        hint="It is fetched once more; if it stays so, do not trust this hub or the way to it.",
-    )

@@ -40,6 +40,8 @@ class Asking:
 
     def __init__(self, endpoint: str, token: str | None, sleep: Callable[[float], None], attempts: int) -> None:
         self.endpoint = endpoint
+        self.shown = _shown(endpoint)
+        """The endpoint without what may be a password in it; empty where it is no address."""
         self.token = token
         self._sleep = sleep
         self._attempts = attempts
@@ -76,11 +78,11 @@ class Asking:
                 raise disk_error(error, address) from None
             except HFValidationError as error:
                 raise TrainChainError("source.address", self.clean(str(error)), hint="Write hf://org/name.") from None
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise self.no_hub() from None
             tries += 1
             if tries >= self._attempts:
-                raise self._unavailable(address, why, wait)
+                raise self._given_up(address, why, wait)
             self._sleep(min(LONGEST_WAIT, wait if wait is not None else min(2.0**tries, 16.0) * random.uniform(0.5, 1)))
 
     def no_hub(self) -> TrainChainError:
@@ -94,17 +96,11 @@ class Asking:
     @property
     def host(self) -> str:
         """The hub as a person knows it."""
-        if self.endpoint == HOME:
-            return "Hugging Face"
-        try:
-            parts = urlsplit(self.endpoint)
-            return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
-        except ValueError:
-            return "HF_ENDPOINT"
+        return "Hugging Face" if self.endpoint == HOME else self.shown or "HF_ENDPOINT"
 
     def page(self, address: HubAddress) -> str:
         """The repository's page for people."""
-        return f"{self.endpoint}/{'datasets/' if address.kind == 'data' else ''}{address.repo}"
+        return f"{self.shown}/{'datasets/' if address.kind == 'data' else ''}{address.repo}"
 
     def clean(self, text: str) -> str:
         """A stranger's text, fit to be shown: one line, short, and without the token."""
@@ -112,7 +108,15 @@ class Asking:
             text = text.replace(self.token, "***")
         return "".join(mark if mark.isprintable() else " " for mark in text.strip())[:200]
 
-    def _unavailable(self, address: HubAddress, why: str, wait: float | None) -> TrainChainError:
+    def unavailable_xet(self, address: HubAddress, error: Exception) -> TrainChainError:
+        """hf_xet gave up; it has tried for minutes by then."""
+        return TrainChainError(
+            "source.unavailable",
+            f"The storage of {self.host} did not give or take {address.text}: {self.clean(str(error))}.",
+            hint="Try again. Where only the hub's own host can be reached, set HF_HUB_DISABLE_XET=1.",
+        )
+
+    def _given_up(self, address: HubAddress, why: str, wait: float | None) -> TrainChainError:
         asked = f", and asks to wait {wait:.0f} seconds" if wait is not None and wait > LONGEST_WAIT else ""
         hint = "Check the connection; then try again: what has come is kept."
         if "429" in why:
@@ -132,7 +136,7 @@ class Asking:
             return TrainChainError(
                 "source.token",
                 f"{self.host} does not accept the token that was sent: it is wrong, revoked or expired.",
-                hint=f"R{LOG_IN[1:]} to a token of {self.endpoint}/settings/tokens; unset it to read what is public.",
+                hint=f"R{LOG_IN[1:]} to a token of {self.shown}/settings/tokens; unset it to read what is public.",
             )
         if code == "GatedRepo":
             signed = "" if self.token else f" On this machine, {LOG_IN}."
@@ -176,8 +180,17 @@ class Asking:
         return TrainChainError(
             "source.forbidden",
             f"{self.host} refused {address.text} with status {status}{told}.",
-            hint="See what the token may do at " + f"{self.endpoint}/settings/tokens, and {self.page(address)}.",
+            hint="See what the token may do at " + f"{self.shown}/settings/tokens, and {self.page(address)}.",
         )
+
+
+def _shown(endpoint: str) -> str:
+    try:
+        parts = urlsplit(endpoint)
+        host = f"{parts.hostname or ''}" + (f":{parts.port}" if parts.port else "")
+    except ValueError:
+        return ""
+    return f"{parts.scheme}://{host}{parts.path}" if parts.scheme in ("http", "https") and parts.hostname else ""
 
 
 def _wanted(error: HfHubHTTPError) -> float | None:
