@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from trainchain.core.settings import Settings
 
 
+WORTH_TELLING = 10_000_000
+"""Bytes of a file whose fetching takes long enough to be told of."""
+
+
 def serve(
     settings: Settings,
     out: Output,
@@ -30,7 +34,9 @@ def serve(
     from trainchain.core.worker import devices as gpus
     from trainchain.core.worker import fleet
     from trainchain.core.worker.agent import Worker
+    from trainchain.core.worker.cache import Cache
     from trainchain.core.worker.child import Child, child_environment
+    from trainchain.core.worker.keys import Exchange
 
     named = gpus.chosen(devices) if devices else gpus.visible()
     used: list[str | None] = list(named) if devices or len(named) > 1 else [None]
@@ -54,6 +60,7 @@ def serve(
         command = [sys.executable, "-m", "trainchain.core.train", "--threads", str(count)]
         environment = child_environment(count) | (gpus.environment_of(device) if device is not None else {})
         log = settings.home / ("trainer.log" if device is None else f"trainer-{label}.log")
+        key, signature = wiring.exchange_of(settings, wallet, chain)
         return Worker(
             client,
             settings.home,
@@ -62,6 +69,8 @@ def serve(
             check_job=wiring.job_checker(chain, told),
             check_receipt=wiring.receipt_checker(chain, told["hub"]),
             on_event=on_event,
+            exchange=Exchange(key, signature, chain.chain_id),
+            cache=Cache(settings.cache, cap=settings.cache_cap, on_event=on_event),
             job=only,
             device=label,
             checkpointing=checkpointing,
@@ -95,7 +104,17 @@ def describe(event: dict[str, Any]) -> str | None:
         case "smaller":
             return f"smaller  it did not fit: {event['micro_tokens']:,} tokens at once from here on"
         case "failed":
-            return f"failed   {event['message']}" + (f" {event['hint']}" if event["hint"] else "")
+            left = " This job is left alone until serve-gpu starts again." if event["unable"] else ""
+            return f"failed   {event['message']}" + (f" {event['hint']}" if event["hint"] else "") + left
+        case "fetching" if (event["bytes"] or 0) >= WORTH_TELLING:
+            on = f", on from {event['resumed'] / 1e6:,.0f} MB" if event["resumed"] else ""
+            return f"fetching {event['name']}  {event['bytes'] / 1e6:,.0f} MB{on}"
+        case "damaged":
+            return f"damaged  {event['name']} ({event['where']}) is not what it should be; it is fetched again"
+        case "evicted":
+            return f"evicted  {event['name'][:60]}  {event['bytes'] / 1e6:,.0f} MB, to make room in the cache"
+        case "forgotten":
+            return f"removed  all files of the private job {event['job'][:12]}, which is over"
         case "away":
             return f"away     {event['message']} Trying again."
         case "given_back":

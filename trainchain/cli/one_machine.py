@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import threading
 import time
@@ -18,18 +17,16 @@ from trainchain.cli.jobs import sample_lines
 from trainchain.cli.output import Output
 from trainchain.cli.plan import Plan, bringer_of, resolve
 from trainchain.cli.progress import Progress
+from trainchain.cli.workers import Fleet, drain
 from trainchain.core import money
 from trainchain.core.errors import TrainChainError
 from trainchain.core.settings import write_private
-from trainchain.core.worker.devices import one_device
 
 if TYPE_CHECKING:
     from trainchain.core.client import HubClient
 
 READY_SECONDS = 90.0
 LOOK_SECONDS = 0.5
-SAME_FAILURES = 6
-"""So many failures in a row, all with one code and with nothing accepted between, and the run ends with that code."""
 Document = dict[str, Any]
 
 ENDED = ("finished", "settled", "closed", "expired", "cancelled")
@@ -75,7 +72,7 @@ def run(recipe_path: Path, keep: Path | None, home: Path, workers: int, output: 
         lend = settings.wallet_path if plan.resolved.access.workers == "owner" else None
         if lend is not None:
             wiring.open_wallet(settings, out)
-        fleet = _Fleet(stack, state, hub_url, workers, progress, shared, lend)
+        fleet = Fleet(stack, state, hub_url, workers, progress, shared, lend)
         job_id = memory.job
         if job_id is None:
             with clock.on_chain():
@@ -126,7 +123,6 @@ class _Memory:
                 self.job = found.get("job")
 
     def remember(self, job: str | None) -> None:
-        from trainchain.core.settings import write_private
 
         self.job = job
         document = {"port": self.port, "spec_hash": self._spec_hash, "job": job}
@@ -155,7 +151,7 @@ def _start_hub(stack: contextlib.ExitStack, state: Path, memory: _Memory, enviro
         if ready.get("event") == "ready":
             memory.port = int(str(ready["url"]).rpartition(":")[2])
             memory.remember(memory.job)
-            _drain(process)
+            drain(process)
             return str(ready["url"])
         if error := ready.get("error"):
             if error["code"] != "hub.address_in_use":
@@ -180,86 +176,7 @@ def _first_line(process: subprocess.Popen[str]) -> Document:
     return {}
 
 
-def _drain(process: subprocess.Popen[str]) -> None:
-    """Read on, so that a full pipe never stops a child."""
-
-    def read() -> None:
-        assert process.stdout is not None
-        with contextlib.suppress(ValueError, OSError):
-            for _ in process.stdout:
-                pass
-
-    threading.Thread(target=read, daemon=True).start()
-
-
-class _Fleet:
-    """The worker processes of a run, and what they report."""
-
-    def __init__(
-        self,
-        stack: contextlib.ExitStack,
-        state: Path,
-        hub_url: str,
-        workers: int,
-        progress: Progress,
-        environment: dict[str, str],
-        wallet: Path | None,
-    ) -> None:
-        """`wallet` is the one that all workers use; each makes its own where there is none to use."""
-        threads = max(1, (os.cpu_count() or 1) // workers)
-        self.homes = [state / f"worker-{number}" for number in range(1, workers + 1)]
-        self.traffic: dict[str, tuple[int, int]] = {}
-        """Bytes up and down by worker, until its last accepted shard."""
-        self._progress = progress
-        self._failures: list[TrainChainError] = []
-        self._lock = threading.Lock()
-        self._processes = []
-        for number, home in enumerate(self.homes):
-            arguments = ["serve-gpu", "--hub", hub_url, "--home", str(home), "--threads", str(threads)]
-            arguments += one_device(number)
-            if wallet is not None:
-                write_private(home / "wallet.json", wallet.read_bytes())
-            process = parent.start(
-                [*arguments, "--json", "--until-stdin-closes"], home.with_suffix(".log"), environment
-            )
-            stack.callback(parent.stop, process)
-            self._processes.append(process)
-            threading.Thread(target=self._read, args=(process, home.name), daemon=True).start()
-
-    def _read(self, process: subprocess.Popen[str], name: str) -> None:
-        assert process.stdout is not None
-        with contextlib.suppress(ValueError, OSError):
-            for line in process.stdout:
-                event = json.loads(line)
-                with self._lock:
-                    self._note(name, event)
-                self._progress.worker(name, event)
-
-    def _note(self, name: str, event: Document) -> None:
-        if event.get("event") == "accepted":
-            self.traffic[name] = (int(event["bytes_up"]), int(event["bytes_down"]))
-            self._failures.clear()
-        elif event.get("event") == "failed":
-            if self._failures and self._failures[-1].code != event["code"]:
-                self._failures.clear()
-            self._failures.append(TrainChainError(event["code"], event["message"], hint=event.get("hint", "")))
-
-    def check(self) -> None:
-        """Raise what keeps every worker from working, rather than wait for ever."""
-        with self._lock:
-            if len(self._failures) >= SAME_FAILURES:
-                raise self._failures[-1]
-        if all(process.poll() is not None for process in self._processes):
-            raise TrainChainError(
-                "train.child_died", "Every worker has ended.", hint=f"Read {self.homes[0].with_suffix('.log')}."
-            )
-
-    def stop(self) -> None:
-        for process in self._processes:
-            parent.stop(process)
-
-
-def _watch(client: HubClient, job_id: str, fleet: _Fleet, progress: Progress) -> Document:
+def _watch(client: HubClient, job_id: str, fleet: Fleet, progress: Progress) -> Document:
     """Follow the job to its end."""
     while True:
         view = client.get(f"/v1/jobs/{job_id}")

@@ -20,6 +20,9 @@ def serve_gpu(
     ] = None,
     checkpointing: Checkpointing = False,
     micro_tokens: MicroTokens = None,
+    cache_cap: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The most the cache may hold, as 200GB. Default: 100GB.")
+    ] = None,
     home: Home = None,
     json_: JsonLines = False,
     with_parent: Annotated[bool, typer.Option("--until-stdin-closes", hidden=True)] = False,
@@ -36,7 +39,7 @@ def serve_gpu(
     from trainchain.core.settings import Settings
 
     out = Output(json_mode=json_)
-    settings = Settings.load(home, hub)
+    settings = Settings.load(home, hub, cache_cap)
     if with_parent:
         parent.end_with_parent()
     gpu_process.serve(

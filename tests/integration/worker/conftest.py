@@ -12,9 +12,12 @@ from tests import fixtures_child
 from tests.fixtures_hub import Person, Town
 from trainchain.chain.wallet import Wallet
 from trainchain.cli import wiring
+from trainchain.core.settings import Settings
 from trainchain.core.worker.agent import Worker
+from trainchain.core.worker.cache import Cache
 from trainchain.core.worker.child import Child, child_environment
 from trainchain.core.worker.fleet import Quota
+from trainchain.core.worker.keys import Exchange
 
 
 class Bench:
@@ -74,6 +77,8 @@ class Bench:
             check_job=wiring.job_checker(chain, told, now=self.town.clock),
             check_receipt=wiring.receipt_checker(chain, told["hub"]),
             on_event=note,
+            exchange=Exchange(*wiring.exchange_of(Settings(self.home, ""), self.person.wallet, chain), chain.chain_id),
+            cache=Cache(self.home / "cache", on_event=note),
             job=job,
             **{"sleep": lambda _: None, **options},
         )

@@ -93,9 +93,7 @@ def test_a_second_failure_gives_the_lease_back_and_uploads_nothing(town: Town, b
         ({"op": "train", "segment": 2, "code": "train.diverged"}, "train.diverged"),
         ({"op": "train", "segment": 1, "code": "data.count_mismatch"}, "data.count_mismatch"),
         ({"op": "train", "segment": 1, "code": "state.invalid"}, "state.invalid"),
-        ({"op": "open", "code": "model.unreadable"}, "model.unreadable"),
         ({"op": "open", "code": "data.format"}, "data.format"),
-        ({"op": "open", "code": "train.unsupported"}, "train.unsupported"),
         ({"op": "open", "code": "train.out_of_memory"}, "train.out_of_memory"),
         ({"op": "open", "code": "die"}, "train.child_died"),
         ({"op": "train", "segment": 1, "code": "no.such_code"}, "train.child_died"),
@@ -116,6 +114,23 @@ def test_what_the_child_refuses_is_told_and_given_back(
     assert uploaded(town, back["lease"]) == []
     assert len([row for row in bench.asked("train") if row["lease"] == back["lease"]]) <= 1 + (code[-4:] == "died")
     assert [row["worker"] for row in town.rows(schema.contributions, job=job.id)] == [bench.person.address]
+
+
+@pytest.mark.parametrize("code", ["model.unreadable", "train.unsupported", "source.gated", "cache.full"])
+def test_a_job_that_the_machine_cannot_do_is_left_alone_and_another_is_done(
+    town: Town, bench: Bench, code: str
+) -> None:
+    jobs = {town.publish(rounds=1, shards=1).id for _ in range(2)}
+    bench.plan({"op": "open", "code": code})
+
+    bench.worker().run(Quota(1))
+
+    (failed,) = bench.told("failed")
+    assert (failed["code"], failed["unable"]) == (code, True)
+    assert {one["job"] for one in bench.told("accepted")} == jobs - {failed["job"]}
+    assert town.rows(schema.contributions, job=failed["job"]) == []
+    bench.work(failed["job"])  # started again, it tries again
+    assert {one["job"] for one in bench.told("accepted")} == jobs
 
 
 def test_nothing_is_trained_on_from_states_that_diverged(town: Town, bench: Bench) -> None:

@@ -20,23 +20,21 @@ from trainchain.core.states import Job
 from trainchain.core.worker.bench import Bench, remove
 from trainchain.core.worker.cache import Cache
 from trainchain.core.worker.child import Child
-from trainchain.core.worker.files import JobFiles, job_files
+from trainchain.core.worker.faults import AWAY, MOST_SKIPPED, SPOILED, TOO_LARGE, UNABLE
+from trainchain.core.worker.files import JobFiles
 from trainchain.core.worker.fleet import Quota, Stopped
 from trainchain.core.worker.heart import OVER, Heart
+from trainchain.core.worker.keys import Exchange
+from trainchain.core.worker.opened import OpenedJob
+from trainchain.core.worker.volatile import Volatile
 
 POLL_SECONDS = 20.0
 AWAY_SECONDS = 2.0
 LONGEST_SECONDS = 120.0
-AWAY = frozenset({"hub.unreachable", "hub.failed", "chain.unreachable"})
-TOO_LARGE = frozenset({"train.out_of_memory", "train.child_died"})
-"""What a smaller micro-batch may help against: the memory of a GPU, or of the machine, whose system kills the child."""
-SPOILED = frozenset({"train.diverged", "state.invalid"})
-"""After these nothing is trained on from the states that lie there."""
-
 OnEvent = Callable[[dict[str, Any]], None]
 Sign = Callable[[Mapping[str, Any]], str]
-CheckJob = Callable[[str, str], None]
-"""(job id, spec hash): raises unless the escrow on chain holds that job's money under that recipe."""
+CheckJob = Callable[[str, str], str]
+"""(job id, spec hash): the job's owner; raises unless the escrow on chain holds its money under that recipe."""
 CheckReceipt = Callable[[Mapping[str, Any], str], bool]
 """(the Receipt's fields as they should be, its signature): whether the hub of the escrow signed exactly this."""
 
@@ -58,6 +56,8 @@ class Worker:
         check_job: CheckJob,
         check_receipt: CheckReceipt,
         on_event: OnEvent,
+        exchange: Exchange,
+        cache: Cache,
         job: str | None = None,
         device: str = "device",
         checkpointing: bool = False,
@@ -73,16 +73,17 @@ class Worker:
         self._on_event = on_event
         self._wait = sleep
         self._job = job
-        self._checkpointing = checkpointing
         self._micro_tokens = micro_tokens
         self._fitting: dict[str, int] = {}
         """Jobs whose shards did not fit: how many tokens at once are tried next."""
-        self._cache = Cache(home / "cache", on_event=on_event)
+        self._unable: list[str] = []
+        """Jobs that this machine cannot do."""
+        self._cache = cache
+        self._opened = OpenedJob(client, cache, Volatile(home), exchange, self._ask, checkpointing=checkpointing)
         self._bench = Bench(home / "work" / device)
-        self._open: tuple[str, str, bool, JobFiles] | None = None
-        """The job that the child has open: its id, its recipe's digest, whether with held-out data, its files."""
         self._failures = 0
         self._stopping = threading.Event()
+        self._owner = ""
         self.busy = False
 
     def run(self, quota: Quota) -> None:
@@ -95,13 +96,17 @@ class Worker:
                 lease, done = self._lease(), False
                 if lease is not None:
                     done = self._work(lease)
-                elif not waiting:
-                    self._tell("waiting", reason="no shard is open")
+                else:
+                    self._forget_private()
+                    if not waiting:
+                        self._tell("waiting", reason="no shard is open")
                 waiting = lease is None
                 if not done:
                     quota.give_back()
         finally:
             self._child.stop()
+            self._client.attempts = 1
+            self._forget_private()
 
     def stop(self) -> None:
         """End soon, from another thread: the child at once, then the lease goes back."""
@@ -120,11 +125,26 @@ class Worker:
                 continue  # another hub's job
             going_on = view.get("state") in (Job.UNFUNDED, Job.OPEN, Job.RUNNING)
             self._bench.clear(job, before=int(view["round"]) if going_on else None)
+        self._forget_private()
+
+    def _forget_private(self) -> None:
+        """Remove what lies here of private jobs that are over. One that has finished is still measured."""
+        for job in self._cache.private_jobs():
+            try:
+                state = self._client.get(f"/v1/jobs/{job}").get("state")
+            except TrainChainError:
+                continue  # the hub is away, or it is another hub's job
+            if state not in (Job.UNFUNDED, Job.OPEN, Job.RUNNING, Job.FINISHED):
+                self._opened.close()
+                self._cache.forget(job)
+                self._tell("forgotten", job=job)
 
     def _lease(self) -> Lease | None:
         body: dict[str, Any] = {"wait": POLL_SECONDS}
         if self._job:
             body["job"] = self._job
+        if self._unable:
+            body["skip"] = self._unable
         try:
             found = self._client.post("/v1/leases", body)
             return parse(Lease, found, code="hub.not_a_hub", what="The hub's lease") if found else None
@@ -145,18 +165,23 @@ class Worker:
         with Heart(self._client, lease.lease) as heart:
             try:
                 self._go_on()
-                self._check_job(lease.job, lease.spec_hash)
-                files = self._prepare(lease)
+                self._owner = self._check_job(lease.job, lease.spec_hash)
+                files, sealed = self._prepare(lease)
                 if lease.kind == "evaluate":
-                    self._evaluate(lease, files)
+                    self._evaluate(lease, files, sealed)
                 else:
-                    self._train(lease, files, heart)
+                    self._train(lease, files, sealed, heart)
                 self._failures = 0
                 return True
             except TrainChainError as error:
-                self._tell("failed", lease=lease.lease, code=error.code, message=error.message, hint=error.hint)
+                told = {"code": error.code, "message": error.message, "hint": error.hint}
+                unable = error.code in UNABLE
+                self._tell("failed", lease=lease.lease, job=lease.job, **told, unable=unable)
                 if error.code not in OVER:
                     self._give_back(lease)
+                if unable:
+                    self._unable = [*self._unable, lease.job][-MOST_SKIPPED:]
+                elif error.code not in OVER:
                     self._sleep(min(AWAY_SECONDS * 2**self._failures, LONGEST_SECONDS))
                     self._failures += 1
                 return False
@@ -168,31 +193,15 @@ class Worker:
             finally:
                 self.busy = False
 
-    def _prepare(self, lease: Lease) -> JobFiles:
-        """The job's files, with the job open in the child: fetched and hashed when it opens, not for every lease."""
-        judges = lease.kind == "evaluate"
-        if self._open is not None and self._child.alive:
-            job, spec_hash, may_judge, files = self._open
-            if (job, spec_hash) == (lease.job, lease.spec_hash) and (may_judge or not judges):
-                return files
-        self._open = None
-        files = job_files(self._cache, self._client, lease.job, lease.spec_hash, held_out=judges)
-        tokens = None if files.recipe.private else self._cache.tokens
-        request = {
-            "op": "open",
-            **files.for_child(),
-            "cache": None if tokens is None else str(tokens),
-            "checkpointing": self._checkpointing,
-            "micro_tokens": self._fitting.get(lease.job, self._micro_tokens),
-        }
-        for _ in self._ask(request):
-            pass
-        self._open = (lease.job, lease.spec_hash, judges, files)
-        return files
+    def _prepare(self, lease: Lease) -> tuple[JobFiles, dict[str, Any]]:
+        """The job's files, with the job open in the child, and what a sealed lease's request needs beside."""
+        if not self._child.alive:
+            self._opened.close()
+        return self._opened.prepare(lease, self._owner, self._fitting.get(lease.job, self._micro_tokens))
 
-    def _evaluate(self, lease: Lease, files: JobFiles) -> None:
+    def _evaluate(self, lease: Lease, files: JobFiles, sealed: Mapping[str, Any]) -> None:
         adapter = self._start(lease, files.recipe)
-        request = {"op": "evaluate", "adapter": str(adapter)}
+        request = {"op": "evaluate", "adapter": str(adapter), **sealed}
         result = self._fitted(lease, files.recipe, lambda: [*self._ask(request)][-1])
         report = {"loss": result["loss"], "samples": [text[:MAX_ANSWER] for text in result["samples"]]}
         self._insist("POST", f"/v1/leases/{lease.lease}/evaluation", report)
@@ -204,7 +213,7 @@ class Worker:
         belongs = f"adapter of {recipe.name}, round {lease.round}"
         return place.object(self._client, lease.start, recipe.lora.initial.size, belongs=belongs)
 
-    def _train(self, lease: Lease, files: JobFiles, heart: Heart) -> None:
+    def _train(self, lease: Lease, files: JobFiles, sealed: Mapping[str, Any], heart: Heart) -> None:
         """Train the shard, on from what an earlier lease of it left, and hand it in."""
         self._bench.clear(lease.job, before=lease.round)
         place = self._bench.place(lease)
@@ -218,6 +227,7 @@ class Worker:
             "lease": lease.lease,
             "out": str(private_folder(place / "out")),
             "states": str(private_folder(place / "states")),
+            **sealed,
         }
         try:
             result = self._fitted(lease, files.recipe, lambda: self._trained(request, lease, heart))
@@ -266,7 +276,7 @@ class Worker:
     def _smaller(self, lease: Lease, recipe: ResolvedRecipe, error: TrainChainError) -> None:
         """End the child; the next one that opens this job puts half as much through the model at once."""
         self._child.stop()
-        self._open = None
+        self._opened.close()
         usual = self._micro_tokens or recipe.training.micro_batch_size * recipe.training.sequence_len
         half = max(1, self._fitting.get(lease.job, usual) // 2)
         self._fitting[lease.job] = half

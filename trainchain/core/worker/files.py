@@ -62,19 +62,21 @@ def job_files(
     *,
     held_out: bool,
     clear: Clear | None = None,
+    admit: Callable[[ResolvedRecipe], None] = lambda recipe: None,
 ) -> JobFiles:
     """What it takes to open a job; held-out data only to measure with, since nobody else is given it.
 
     Every byte is hashed now, so call this once for each time the job is opened. `clear` is used where the base is
-    sealed. The files are in use until the next job's. Raises `object.digest` where the hub's recipe is not the
-    one in escrow, `source.incomplete` where a model's index names files that the job has not, and what
-    `Cache.object`, `Cache.file` and `Cache.hold` raise.
+    sealed; `admit` sees the recipe before anything else is fetched. The files are in use until the next job's. Raises
+    `object.digest` where the hub's recipe is not the one in escrow, `source.incomplete` where a model's index names
+    files that the job has not, and what `Cache.object`, `Cache.file`, `Cache.hold` and `admit` raise.
     """
     known = cache.private(job_id) if job_id in cache.private_jobs() else cache
     data = known.read(spec_hash) or client.object(spec_hash)
     recipe = parse(ResolvedRecipe, data, code="job.invalid", what=f"The recipe of {job_id}")
     if recipe.spec_hash != spec_hash:
         raise TrainChainError("object.digest", f"The recipe of {job_id} is not in its canonical form.")
+    admit(recipe)
     place = cache.private(job_id) if recipe.private else cache
     sealed = recipe.sealed.base if recipe.sealed else []
     base = recipe.base_model.files
