@@ -3,7 +3,7 @@
 from typing import Any
 
 from pydantic import Field
-from sqlalchemy import insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
@@ -44,7 +44,7 @@ def publish(hub: Hub, owner: str, publication: Publication) -> dict[str, Any]:
     job_id, now = hub.chain.job_id(owner, publication.salt), hub.clock()
     keys.check(hub, job_id, recipe, publication.keys)
     text = recipe.canonical()
-    hub.objects.put(text)
+    spec_hash = hub.objects.put(text)
     with hub.store.write() as db:
         row = one(db, schema.jobs, id=job_id)
         if row is None:
@@ -54,24 +54,26 @@ def publish(hub: Hub, owner: str, publication: Publication) -> dict[str, Any]:
                     name=recipe.name,
                     owner=owner,
                     salt=publication.salt,
-                    spec_hash=recipe.spec_hash,
+                    spec_hash=spec_hash,
                     recipe=text.decode(),
                     anyone=recipe.access.workers == "anyone",
                     state=str(Job.UNFUNDED),
                     created=now,
                 )
             )
-            record(db, job_id, "job", "published", now, {"spec_hash": recipe.spec_hash})
-            _name_objects(db, job_id, owner, recipe, len(text))
+            record(db, job_id, "job", "published", now, {"spec_hash": spec_hash})
+            _name_objects(db, job_id, owner, recipe, spec_hash, len(text))
             access.admit(db, job_id, owner, recipe)
-        elif row["spec_hash"] != recipe.spec_hash:
+        elif row["spec_hash"] != spec_hash:
             raise TrainChainError("job.invalid", f"Job {job_id} was published with another recipe.")
         if row is None or row["state"] != Job.CLOSED:
             keys.keep(db, job_id, publication.keys)
-    return {"job": job_id, "spec_hash": recipe.spec_hash, "missing": missing(hub, job_id)}
+    return {"job": job_id, "spec_hash": spec_hash, "missing": missing(hub, job_id)}
 
 
-def _name_objects(db: Any, job_id: str, owner: str, recipe: ResolvedRecipe, recipe_size: int) -> None:
+def _name_objects(
+    db: Connection, job_id: str, owner: str, recipe: ResolvedRecipe, spec_hash: str, recipe_size: int
+) -> None:
     """List what the job is made of. Bytes count as present only where this owner has brought them before:
     naming a digest must not open somebody else's data."""
     mine = (
@@ -90,7 +92,7 @@ def _name_objects(db: Any, job_id: str, owner: str, recipe: ResolvedRecipe, reci
         }
         for ref in recipe.files()
     ]
-    rows.append({"digest": recipe.spec_hash, "job": job_id, "size": recipe_size, "public": True, "present": True})
+    rows.append({"digest": spec_hash, "job": job_id, "size": recipe_size, "public": True, "present": True})
     db.execute(insert(schema.objects), rows)
 
 
@@ -190,7 +192,7 @@ def keep_object(hub: Hub, job_id: str, digest: str, spool: Spool) -> dict[str, A
             .where(schema.objects.c.job == job_id, schema.objects.c.digest == digest)
             .values(present=True)
         )
-    return {"missing": missing(hub, job_id)}
+    return {"digest": digest}
 
 
 def fund(hub: Hub, job_id: str) -> dict[str, Any]:

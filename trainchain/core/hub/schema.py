@@ -188,6 +188,7 @@ objects = Table(
     Column("public", Boolean, nullable=False),
     Column("present", Boolean, nullable=False),
     Column("lease", ID),
+    Index("objects_by_job", "job"),
 )
 
 nonces = Table(
