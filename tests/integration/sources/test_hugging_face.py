@@ -64,7 +64,15 @@ def test_a_model_in_a_folder_and_one_of_an_old_name_are_found(
 def test_of_a_data_set_the_files_are_kept_that_the_address_means(
     hub: Hub, source: HuggingFace, monkeypatch: pytest.MonkeyPatch, text: str, kept: list[str]
 ) -> None:
-    names = ["a.jsonl", "b.csv", "README.md", ".hidden.json", "data/train-0.parquet", "data/train-1.parquet"]
+    names = [
+        "a.jsonl",
+        "b.csv",
+        "README.md",
+        ".hidden.json",
+        "dataset_infos.json",
+        "data/train-0.parquet",
+        "data/train-1.parquet",
+    ]
     commit = hub.put("org/rows", dict.fromkeys([*names, "data/test-0.parquet"], b"rows"), kind="dataset")
     hub.use(monkeypatch)
 

@@ -8,6 +8,9 @@ from trainchain.core.errors import TrainChainError
 from trainchain.core.sources.address import HubAddress
 from trainchain.core.sources.found import DATA_FILES, FoundFile
 
+_ABOUT_ROWS = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"})
+"""What the datasets library writes beside rows."""
+
 
 def file_of(entry: dict[str, Any]) -> FoundFile:
     """An entry of a listing. Raises ValueError for what is none."""
@@ -31,9 +34,7 @@ def folder_of(address: HubAddress) -> str:
 
 def data_files(files: list[FoundFile], address: HubAddress) -> list[FoundFile]:
     """The files of rows that the address means. Raises `data.empty`, `source.not_found`."""
-    rows = [
-        file for file in files if file.path.endswith(DATA_FILES) and not file.path.rpartition("/")[2].startswith(".")
-    ]
+    rows = [file for file in files if _may_be_rows(file.path.rpartition("/")[2])]
     if not rows:
         copy = HubAddress("data", address.repo, "refs/convert/parquet")
         raise TrainChainError(
@@ -53,6 +54,10 @@ def data_files(files: list[FoundFile], address: HubAddress) -> list[FoundFile]:
             hint="Name one of its files, a folder, or a pattern with *.",
         )
     return kept
+
+
+def _may_be_rows(name: str) -> bool:
+    return name.endswith(DATA_FILES) and not name.startswith(".") and name not in _ABOUT_ROWS
 
 
 def _matches(parts: list[str], pattern: list[str]) -> bool:
