@@ -124,7 +124,7 @@ class Bringer:
         """The file's manifest line, and where it lies here; None where only the header of its weights is wanted."""
 
         if file.sha256 is None:
-            digest, path = self._cache.pin(found.source, file.path, file.size)
+            digest, path = self._cache.pin(found.source, file.path, file.size, file.state)
             return _ref(name, digest, path.stat().st_size, file.path), path
         ref: FileRef = _ref(name, file.sha256, file.size, file.path)
         if not numbers and file.path.endswith(".safetensors"):

@@ -31,11 +31,12 @@ from tests.fixtures_azure import (
     Stub,
 )
 from trainchain.core.errors import TrainChainError
+from trainchain.core.models import FileRef
 from trainchain.core.sources.address import AzureAddress, parse
 from trainchain.core.sources.azureml import AzureML
 from trainchain.core.sources.azureml_push import CONTENT_TAG
 from trainchain.core.sources.azureml_session import CONTEXT, Session, sdk
-from trainchain.core.sources.found import FoundFile
+from trainchain.core.worker.cache import Cache
 
 pytestmark = pytest.mark.azure
 WEIGHTS = os.urandom(300_000)
@@ -168,7 +169,8 @@ def test_a_model_is_found_by_every_form_and_pinned(stub: Stub, tmp_path: Path, t
     found = source.find(parse(text, "model"), "model")
     assert found.source == (pinned or f"{LONG}/datastores/workspaceblobstore/paths/LocalUpload/abc/llama")
     assert [file.path for file in found.files] == KEPT
-    assert FoundFile("model.safetensors", len(WEIGHTS), None) in found.files
+    sizes = {file.path: (file.size, file.sha256) for file in found.files}
+    assert sizes["model.safetensors"] == (len(WEIGHTS), None)
     assert found.license == ("apache-2.0" if found.source == THEIRS else None)
     assert source.head(found.source, "model.safetensors", 16) == WEIGHTS[:16]
     fetched = tmp_path / "model.safetensors"
@@ -398,6 +400,30 @@ def test_what_the_disk_has_no_room_for_is_not_begun(
         azure(stub).fetch(THEIRS, "model.safetensors", tmp_path / "deep/m", size=len(WEIGHTS))
     assert told.value.code == "disk.full"
     assert not (tmp_path / "deep/m").exists()
+
+
+def test_what_the_cache_pins_is_what_lies_there_also_after_a_change_in_place(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"{LONG}/datastores/workspaceblobstore/paths/talks"
+    monkeypatch.setattr("trainchain.core.sources.azureml.shared", lambda: azure(stub))
+    cache = Cache(tmp_path / "cache")
+    digests = []
+    for row in (b'{"text": "a"}\n', b'{"text": "b"}\n', None):
+        if row is not None:
+            stub.put(stub.stores["workspaceblobstore"]["container"], "talks", {"rows.jsonl": row})
+        found = azure(stub).find(at(text), "data")
+        (file,) = found.files
+        digest, path = cache.pin(found.source, file.path, file.size, file.state)
+        assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+        digests.append(digest)
+    assert digests[0] != digests[1] == digests[2]
+    other = Cache(tmp_path / "worker")
+    ref = FileRef(name="data-0.jsonl", sha256=digests[0], size=14, path="rows.jsonl")
+    with pytest.raises(TrainChainError) as told:  # published before the change, fetched after it
+        other.file(text, ref)
+    assert told.value.code == "source.changed"
+    assert other.file(text, ref.model_copy(update={"sha256": digests[1]})).read_bytes() == b'{"text": "b"}\n'
 
 
 # -- ours: sign-in, rights, trouble ------------------------------------------------------------------------------------

@@ -216,9 +216,10 @@ class AzureML:
             if _is_folder(blob):
                 continue
             if blob.name == prefix:
-                files.append(FoundFile(prefix.rpartition("/")[2], int(blob.size), None))
+                files.append(FoundFile(prefix.rpartition("/")[2], int(blob.size), None, str(blob.etag)))
             elif not prefix or blob.name.startswith(f"{prefix}/"):
-                files.append(FoundFile(blob.name[len(prefix) + 1 if prefix else 0 :], int(blob.size), None))
+                name = blob.name[len(prefix) + 1 if prefix else 0 :]
+                files.append(FoundFile(name, int(blob.size), None, str(blob.etag)))
         return files
 
     def _model(self, asset: Asset, files: list[FoundFile], where: str) -> list[FoundFile]:

@@ -24,11 +24,13 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx",
 
 @dataclass(frozen=True)
 class FoundFile:
-    """A file of a source. `sha256` is None where the source names none: it must be fetched to be pinned."""
+    """A file of a source. `sha256` is None where the source names none: it must be fetched to be pinned. `state` is
+    then what the source changes with the bytes, an ETag, for there a file may be changed in place."""
 
     path: str
     size: int
     sha256: str | None
+    state: str = ""
 
 
 @dataclass(frozen=True)

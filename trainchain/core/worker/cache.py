@@ -157,12 +157,13 @@ class Cache:
         name = f"{ref.name} of {source}"
         return self._bring(_Wanted(ref.sha256, ref.size, name, source, "source.changed", belongs or name, fetch))
 
-    def pin(self, source: str, path: str, size: int) -> tuple[str, Path]:
+    def pin(self, source: str, path: str, size: int, state: str = "") -> tuple[str, Path]:
         """The sha256 that a file of a pinned source has, where the source tells none, and the file.
 
-        Fetched from its beginning, as nothing tells whether a part of it is right; the next time it is found here.
+        Fetched from its beginning, as nothing tells whether a part of it is right; the next time it is found here,
+        unless its `state` at the source is another by then.
         """
-        name = sha256(canonical_json([source, path]))
+        name = sha256(canonical_json([source, path, state]))
         known = self._pinned(name)
         if known is not None and _look(self._path(known)) == _Found(known, size):
             self.hold(LAST, {known: size})
