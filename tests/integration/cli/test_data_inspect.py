@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.fixtures_hf import Hub
 from tests.fixtures_model import TEMPLATE, chat_rows, make_tiny_model, write_jsonl
 from trainchain.cli.main import run_command
 
@@ -183,6 +184,32 @@ def test_the_template_of_the_documentation_makes_the_same_documents(job: Path, i
     said = [piece["text"] for piece in inspect("--json").document["examples"][0]["pieces"] if piece["loss"]]
     assert said
     assert all(text.endswith("<|eot_id|>") for text in said)
+
+
+@pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
+def test_a_base_and_rows_on_a_model_hub_are_looked_at_the_same(
+    job: Path, base: Path, inspect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = inspect("--json").document
+    table = job / "train.parquet"
+    rows = [json.loads(line) for line in (job / "train.jsonl").read_text().splitlines()]
+    pq.write_table(pa.table({"messages": [row["messages"] for row in rows]}), table)
+    with Hub() as hub:
+        hub.put("alice/tiny", base)
+        hub.put("alice/rows", {"data/train-00000-of-00001.parquet": table.read_bytes()}, kind="dataset")
+        hub.use(monkeypatch)
+        recipe = RECIPE.replace("./base", "hf://alice/tiny").replace("./train.jsonl", "hf://datasets/alice/rows")
+        (job / "recipe.yaml").write_text(recipe)
+
+        said = inspect("--json")
+
+    assert said.code == 0
+    assert "source   hf://alice/tiny@" in said.err
+    for field in ("tokens", "supervised", "histogram", "packing", "lengths"):
+        assert said.document[field] == before[field]
+    assert said.document["unit"] == "row"
+    assert [row["row"] for row in said.document["packed"][0]] == [row["row"] for row in before["packed"][0]]
+    assert said.document["examples"] == before["examples"]
 
 
 def test_on_a_terminal_what_carries_loss_is_green_unless_colour_is_not_wanted(job: Path) -> None:
