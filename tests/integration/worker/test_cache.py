@@ -17,6 +17,7 @@ from tests.fixtures_cache import SOURCE, Source, event_names
 from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.worker.cache import Cache, verify
+from trainchain.core.worker.files import model_folder
 
 JOB = "0x" + "ab" * 32
 OTHER_JOB = "0x" + "cd" * 32
@@ -179,6 +180,14 @@ def test_a_wrong_part_is_thrown_away_and_all_fetched_from_the_start(disk: Disk, 
     assert disk.get("a.json").read_bytes() == b"a" * 1000
     assert disk.source.fetched[-1] == ("a.json", 1000)
     assert disk.files() == {f"objects/{digest[:2]}/{digest[2:]}"}
+
+
+def test_beside_a_damaged_file_no_part_is_trusted_either(disk: Disk) -> None:
+    path = disk.get("a.json")
+    path.write_bytes(b"x")
+    (disk.folder / "partial" / disk.source.ref("a.json").sha256).write_bytes(b"x" * 300)
+
+    assert disk.get("a.json").read_bytes() == b"a" * 1000
 
 
 def test_a_part_that_leads_elsewhere_is_not_followed(disk: Disk, tmp_path: Path) -> None:
@@ -501,6 +510,18 @@ def test_what_lies_there_is_listed_with_what_it_belongs_to(disk: Disk) -> None:
     assert (part.partial, part.size, part.in_use) == (True, 100, True)
     assert (tokens.kind, tokens.size, tokens.in_use) == ("tokens", 8, False)
     assert private.used < shared.used
+
+
+def test_what_is_removed_takes_along_what_links_to_it_and_what_tells_of_it(disk: Disk) -> None:
+    a = disk.get("a.json")
+    folder = model_folder(disk.cache, [disk.source.ref("a.json")], belongs="model")
+    disk.cache.let_go()
+    (key,) = [entry.key for entry in disk.cache.room.entries() if entry.kind == "object"]
+
+    assert disk.cache.room.remove([key]) == 1000
+
+    assert (a.exists(), folder.exists(), disk.cache.room.entries()) == (False, False, [])
+    assert not (disk.folder / "about" / sha256(b"a" * 1000)).exists()
 
 
 def test_verify_finds_what_is_not_what_its_name_says(disk: Disk) -> None:
