@@ -243,3 +243,20 @@ def test_events_are_json(bench: Bench, town: Town) -> None:
     assert told == ["leased", *["step"] * STEPS, "accepted"]
     assert [event["event"] for event in bench.events].count("fetched") == 4, "recipe, base, data, start"
     json.dumps(bench.events)
+
+
+def test_files_are_hashed_when_a_job_opens_and_not_for_every_lease(town: Town, bench: Bench) -> None:
+    job = town.publish(rounds=1, shards=3)
+    base = job.recipe.base_model.files[0].sha256
+    path = bench.home / "cache" / "objects" / base[:2] / base[2:]
+
+    def spoil(event: dict[str, Any]) -> None:
+        if event["event"] == "accepted":
+            path.write_bytes(b"x")
+
+    bench.work(job.id, shards=2, on_event=spoil)
+    assert (len(bench.asked("open")), bench.told("damaged")) == (1, [])
+
+    bench.work(job.id)
+    assert bench.told("damaged")[0]["digest"] == base
+    assert len(bench.told("accepted")) == 3
