@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from trainchain.core.worker.cache import Cache
 
 SLOT = "folding"
+MEMORY = 2.3
+"""Times the weights: the most that was measured, the mapped files of the base included."""
 Note = Callable[[str], None]
 
 
@@ -141,7 +143,7 @@ def _room(base: Path, parent: Path, note: Note) -> None:
     """Say what folding takes, and refuse before it where the disk has no room."""
     sizes = [path.stat().st_size for path in base.iterdir() if path.suffix == ".safetensors"]
     needed = sum(sizes)
-    note(f"folding  takes about {_gb(needed * 1.3)} of memory and {_gb(needed)} of disk")
+    note(f"folding  takes about {_gb(needed * MEMORY)} of memory and {_gb(needed)} of disk")
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

@@ -1,7 +1,6 @@
 """`push` and `pull --merged` as they are typed: what is on stdout, what is on stderr, how it ends."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,11 @@ from trainchain.cli.main import run_command
 
 
 @pytest.fixture(scope="module")
-def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
-    made = Town(tmp_path_factory.mktemp("town"))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def job(town: Town) -> Job:
     made, worker = town.publish(rounds=1, shards=1, name="bot", samples=["Who?"]), town.person()
     worker.work(made)
     town.tick()
     return made
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with Hub() as made:
-        yield made.use(monkeypatch, user="me")
 
 
 class Typed:

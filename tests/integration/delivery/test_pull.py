@@ -1,0 +1,84 @@
+"""An adapter fetched, and folded into its base: wherever the base lies."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from tests.fixtures_delivery import Trained, logits, start, train
+from tests.fixtures_hf import Hub
+from tests.fixtures_hub import Town
+from tests.fixtures_model import make_tiny_model
+from trainchain.cli import delivery, folding
+from trainchain.core.adapter import read_adapter
+from trainchain.core.client import HubClient
+from trainchain.core.errors import TrainChainError
+from trainchain.core.worker.cache import Cache
+
+
+def test_a_folded_model_stands_by_itself(trained: Trained, hub: Hub, tiny: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    document = folding.fetch_merged(
+        trained.client, Cache(tmp_path / "cache"), trained.job.id, tmp_path / "model", note=said.append
+    )
+
+    delivery.fetch(trained.client, trained.job.id, tmp_path / "adapter")
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert names == {path.name for path in tiny.iterdir()} | {"README.md"}
+    assert document["dtype"] == "fp32"
+    assert float((logits(tmp_path / "model") - logits(tiny, tmp_path / "adapter")).abs().max()) < 1e-5
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.to_dict()["base_model_relation"] == "finetune"
+    assert any("of memory and" in line for line in said)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "cache", "model"]
+
+
+def test_a_base_that_our_hub_has_is_brought_from_there_for_its_owner(town: Town, tiny: Path, tmp_path: Path) -> None:
+    job = start(town, tiny, None, rounds=1)
+    train(town, job, [town.person()], 1)
+    nobody, owner = HubClient(town.url), job.owner.client()
+
+    with pytest.raises(TrainChainError) as caught:
+        folding.fetch_merged(nobody, Cache(tmp_path / "a"), job.id, tmp_path / "model", note=lambda _: None)
+    assert not (tmp_path / "model").exists()
+    folding.fetch_merged(owner, Cache(tmp_path / "b"), job.id, tmp_path / "model", note=lambda _: None)
+
+    assert caught.value.code == "session.required"
+    assert "--base" in caught.value.hint
+    delivery.fetch(nobody, job.id, tmp_path / "adapter")
+    assert torch.allclose(logits(tmp_path / "model"), logits(tiny, tmp_path / "adapter"), atol=1e-5)
+    nobody.close()
+    owner.close()
+
+
+def test_a_base_that_was_named_is_checked_against_the_job(trained: Trained, tiny: Path, tmp_path: Path) -> None:
+    def folded(base: Path, target: str) -> dict[str, Any]:
+        cache = Cache(tmp_path / "cache")
+        return folding.fetch_merged(
+            trained.client, cache, trained.job.id, tmp_path / target, note=lambda _: None, base=base
+        )
+
+    assert folded(tiny, "one")["dtype"] == "fp32"
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    for base, code in ((other, "source.changed"), (tmp_path / "nowhere", "source.missing")):
+        with pytest.raises(TrainChainError) as caught:
+            folded(base, "two")
+        assert caught.value.code == code
+        assert not (tmp_path / "two").exists()
+    with pytest.raises(TrainChainError) as caught:
+        folded(tiny, "one")
+    assert caught.value.code == "usage.flag"
+
+
+def test_a_fetched_adapter_names_its_base_and_commit(trained: Trained, hub: Hub, tmp_path: Path) -> None:
+    delivery.fetch(trained.client, trained.job.id, tmp_path / "adapter")
+
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_bytes())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("acme/tiny", hub.head("acme/tiny"))
+    found = read_adapter(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(np.array_equal(found[name], trained.adapter[name]) for name in trained.adapter)
