@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -318,6 +319,55 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+class _Pipe(StreamRequestHandler):
+    """One connection through the bad line, its answers cut after so many bytes."""
+
+    server: "BadLine"
+
+    def handle(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.server.behind)) as there:
+            threading.Thread(target=self._up, args=(there,), daemon=True).start()
+            left = self.server.most
+            with contextlib.suppress(OSError):
+                while data := there.recv(65_536):
+                    self.connection.sendall(data[:left] if left is not None else data)
+                    left = None if left is None else left - len(data)
+                    if left is not None and left <= 0:
+                        self.server.cut += 1
+                        break
+                self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _up(self, there: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := self.connection.recv(65_536):
+                there.sendall(data)
+
+
+class BadLine(ThreadingTCPServer):
+    """A way to the storage that breaks: every connection after `most` bytes of answers, None for a good one."""
+
+    daemon_threads = True
+
+    def __init__(self, behind: int, most: int | None) -> None:
+        super().__init__(("127.0.0.1", 0), _Pipe)
+        self.behind = behind
+        self.most = most
+        self.cut = 0
+
+
+@contextlib.contextmanager
+def bad_line(behind: int, most: int | None) -> Iterator[BadLine]:
+    server = BadLine(behind, most)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @contextlib.contextmanager

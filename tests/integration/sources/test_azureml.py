@@ -509,12 +509,49 @@ def test_trouble_that_passes_is_waited_for(stub: Stub, text: str) -> None:
 
 
 def test_a_cloud_that_does_not_answer(stub: Stub) -> None:
-    source = azure(stub)
-    port = stub.origin.rpartition(":")[2]
-    stub.origin = stub.origin.replace(port, "1")
-    told = refused(azure(stub), THEIRS, "source.unavailable")
-    assert "did not answer" in told.message
-    assert source is not None
+    stub.origin = "https://localhost:1"
+    for text in (THEIRS, OURS):
+        assert "did not answer" in refused(azure(stub), text, "source.unavailable").message
+    assert stub.waited
+
+
+def test_a_storage_that_does_not_answer(stub: Stub, tmp_path: Path) -> None:
+    with_models(stub)
+    stub.storage_port = 1
+    for text in (THEIRS, OURS):
+        stub.register(REGISTRY, "models", "llama", "3", f"{stub.account_address}/{stub.registry_container}/llama-3")
+        assert "did not answer" in refused(azure(stub), text, "source.unavailable").message
+    assert 2 <= len(stub.waited) <= 10
+
+
+def test_a_line_that_keeps_breaking_gets_a_file_through_piece_by_piece(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainchain.core.sources.azureml_session._PIECE", 65_536)
+    place(stub, MODEL)
+    partial, sizes = tmp_path / "m", []
+    with fixtures_azure.bad_line(stub.storage_port, 150_000) as line:
+        stub.storage_port = line.server_address[1]
+        while not sizes or (sizes[-1] < len(WEIGHTS) and len(sizes) < 30):
+            with contextlib.suppress(TrainChainError):  # which one, the next test tells
+                azure(stub).fetch(THEIRS, "model.safetensors", partial, size=len(WEIGHTS))
+            sizes.append(partial.stat().st_size if partial.exists() else 0)
+        assert line.cut
+    assert sizes == sorted(sizes)
+    assert partial.read_bytes() == WEIGHTS
+
+
+def test_a_line_that_lets_nothing_through_is_told_and_what_came_stays(stub: Stub, tmp_path: Path) -> None:
+    place(stub, MODEL)
+    (tmp_path / "m").write_bytes(WEIGHTS[:1000])
+    with fixtures_azure.bad_line(stub.storage_port, 20_000) as line:
+        stub.storage_port = line.server_address[1]
+        with pytest.raises(TrainChainError) as told:
+            azure(stub).fetch(THEIRS, "model.safetensors", tmp_path / "m", size=len(WEIGHTS))
+    assert told.value.code == "source.unavailable"
+    have = (tmp_path / "m").read_bytes()
+    assert len(have) >= 1000
+    assert have == WEIGHTS[: len(have)]
 
 
 def test_an_answer_that_is_no_answer(stub: Stub) -> None:

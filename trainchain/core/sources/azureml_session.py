@@ -27,6 +27,8 @@ _BACKOFF = 0.8
 _LONGEST_WAIT = 60.0
 """Seconds: what an answer's Retry-After may ask for at most."""
 _MOST_PAGES = 100
+_PIECE = 16 << 20
+"""Bytes."""
 
 
 @dataclass(frozen=True)
@@ -236,10 +238,18 @@ class Session:
     def container(self, address: str, name: str | None, credential: Any) -> Any:
         """The blob client of a container, by its account's address and name, or (name None) by its own address."""
         blob = sdk("azure.storage.blob")
+        wait = self._sleep
+
+        class Retry(blob.ExponentialRetry):  # type: ignore[misc, name-defined]
+            def sleep(self, settings: Any, transport: Any) -> None:  # the transport's own is hidden from blobs
+                wait(min(self.get_backoff_time(settings), _LONGEST_WAIT))
+
         options: dict[str, Any] = {
             "transport": self.transport(),
-            "retry_total": _RETRIES,
-            "logging_enable": False,
+            "retry_policy": Retry(initial_backoff=1, increment_base=3, retry_total=_RETRIES),
+            # What comes in one answer, and is lost when the connection breaks.
+            "max_single_get_size": _PIECE,
+            "max_chunk_get_size": _PIECE,
         }
         if name is None:
             return blob.ContainerClient.from_container_url(address, credential=credential, **options)
