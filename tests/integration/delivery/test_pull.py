@@ -1,6 +1,7 @@
 """An adapter fetched, and folded into its base: wherever the base lies."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,25 @@ def test_a_fetched_adapter_names_its_base_and_commit(trained: Trained, hub: Hub,
     assert (config["base_model_name_or_path"], config["revision"]) == ("acme/tiny", hub.head("acme/tiny"))
     found = read_adapter(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(np.array_equal(found[name], trained.adapter[name]) for name in trained.adapter)
+
+
+def test_what_cannot_be_folded_leaves_nothing_behind(
+    trained: Trained, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def codes() -> str:
+        with pytest.raises(TrainChainError) as caught:
+            folding.fetch_merged(
+                trained.client, Cache(tmp_path / "cache"), trained.job.id, tmp_path / "out" / "model",
+                note=lambda _: None, base=tiny,
+            )  # fmt: skip
+        assert not list(tmp_path.glob("out/*"))
+        assert not list(tmp_path.glob("out/.*"))
+        return caught.value.code
+
+    huge = {name: np.full_like(tensor, 1e30) for name, tensor in trained.adapter.items()}
+    with monkeypatch.context() as patched:
+        patched.setattr("trainchain.core.adapter.read_adapter", lambda _: huge)
+        assert codes() == "merge.unmergeable"
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    assert codes() == "disk.full"
