@@ -78,11 +78,14 @@ class Machine:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.settings: dict[str, dict[str, str]] = {}
+        """What a person has in their environment beside."""
         self._running: list[Background] = []
 
     def environment(self, person: str, hub: str | None) -> dict[str, str]:
         own = {"TRAINCHAIN_HOME": str(self.root / person / "home")}
-        return {**os.environ, **own, **({"TRAINCHAIN_HUB": hub} if hub else {})}
+        beside = self.settings.get(person, {})
+        return {**os.environ, **own, **({"TRAINCHAIN_HUB": hub} if hub else {}), **beside}
 
     def run(self, person: str, *arguments: str, hub: str | None = None) -> subprocess.CompletedProcess[str]:
         """One command to its end."""

@@ -7,10 +7,12 @@ the hub tells their sha256: a large model is pinned in seconds.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import struct
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING
 from trainchain.core.errors import TrainChainError
 from trainchain.core.sources.address import is_address
 from trainchain.core.sources.found import DATA_FILES, MODEL_FILES
+from trainchain.core.worker.volatile import lives
 
 if TYPE_CHECKING:
     from trainchain.core.models import Base, FileRef
@@ -54,7 +57,10 @@ class Bringer:
     def __init__(self, cache: Cache, note: Note) -> None:
         self._cache = cache
         self._note = note
-        self._scratch: list[tempfile.TemporaryDirectory[str]] = []
+        for left in cache.folder.glob(".brought-*"):
+            pid = left.name.split("-")[1]
+            if not (pid.isdigit() and lives(int(pid))):
+                shutil.rmtree(left, ignore_errors=True)
 
     def model(self, text: str, *, weights: bool) -> tuple[Path, Base]:
         """A model folder and its manifest. Without `weights` the numbers of a distant model's weights may be absent
@@ -106,9 +112,9 @@ class Bringer:
         return kept
 
     def _folder(self) -> Path:
-        made = tempfile.TemporaryDirectory(prefix=".brought-", dir=self._cache.folder, ignore_cleanup_errors=True)
-        self._scratch.append(made)
-        return Path(made.name)
+        made = Path(tempfile.mkdtemp(prefix=f".brought-{os.getpid()}-", dir=self._cache.folder))
+        weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
+        return made
 
     def _find(self, text: str, kind: Kind) -> Found:
         from trainchain.core.sources.address import parse
@@ -210,12 +216,9 @@ def _file(text: str) -> Path:
     path = Path(text)
     if not path.is_file():
         raise TrainChainError("source.missing", f"`datasets`: there is no file {path}.", hint="Check the path.")
-    if path.suffix not in DATA_FILES:
-        raise TrainChainError(
-            "source.unsupported",
-            f"{path.name} is not a file that TrainChain reads.",
-            hint=f"Convert it to one of {', '.join(DATA_FILES)}; see docs/data.md.",
-        )
+    from trainchain.core.train.tables import check_suffix
+
+    check_suffix(path, "`datasets`: ")
     return path
 
 

@@ -51,6 +51,9 @@ def show(job: JobName, hub: HubUrl = None, home: Home = None, json_: Json = Fals
     settings = Settings.load(home, hub)
     client = wiring.hub_client(settings)
     view = client.get(f"/v1/jobs/{wiring.job_id_of(client, settings, job)}")
+    if view["private"] and wiring.address_in(settings.wallet_path) == view["owner"].lower():
+        client, _ = wiring.signed_client(settings, out)  # what it answers to the samples is for its owner
+        view = client.get(f"/v1/jobs/{view['job']}", signed=True)
     document = {**view, "money": _money(client, view["job"])}
     out.result(describe(document), document)
 

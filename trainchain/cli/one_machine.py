@@ -57,7 +57,7 @@ def run(recipe_path: Path, keep: Path | None, home: Path, workers: int, output: 
 
     clock = Clock()
     own = Settings(home, "")
-    plan = resolve(recipe_path, bringer_of(own, out))
+    plan = resolve(recipe_path, bringer_of(own, out), tokens=own.cache / "tokens")
     _check_workers(plan)
     out.note(plan.describe())
     target = output or Path(f"{plan.resolved.name}-lora")
@@ -95,9 +95,11 @@ def run(recipe_path: Path, keep: Path | None, home: Path, workers: int, output: 
             claims = [_claim(home, hub_url, out) for home in homes]
         pulled = delivery.fetch(client, job_id, target)
         escrow = _escrow(client, job_id)
+        pushed = _push(client, job_id, pulled["folder"], out) if plan.resolved.hub_model_id else None
         memory.forget()
     document = _document(view, claims, pulled, escrow, clock, workers, state)
     document["samples"] = pulled["samples"]
+    document["pushed"] = pushed
     document["bytes"] = {
         "up": sum(up for up, _ in fleet.traffic.values()),
         "down": sum(down for _, down in fleet.traffic.values()),
@@ -220,6 +222,16 @@ def _claim(home: Path, hub_url: str, out: Output) -> Document:
     wallet = wiring.open_wallet(settings, out)
     client = wiring.hub_client(settings, wallet)
     return collect.claim_all(client, wiring.chain_of(client), wallet, collect.known_jobs(client, settings))
+
+
+def _push(client: HubClient, job_id: str, folder: str, out: Output) -> Document:
+    try:
+        done = delivery.push(client, job_id, None, note=out.note)
+    except TrainChainError as error:
+        message = f"{error.message} The adapter is in {folder}; the same command goes on with the push."
+        raise TrainChainError(error.code, message, hint=error.hint, **error.facts) from None
+    out.note(f"pushed   {done['url']}" + ("" if done["created"] else ", where it was already"))
+    return {name: done[name] for name in ("url", "commit", "created", "target")}
 
 
 def _escrow(client: HubClient, job_id: str) -> dict[str, str]:

@@ -42,6 +42,8 @@ class Plan:
     skipped_at: list[str]
     open_hash: str
     """The recipe's spec hash as it would be openly: what an interrupted sealing is found again by."""
+    tokens: Path | None
+    """Where the tokenised data lies, if it is kept."""
     bringer: Bringer
     """Kept, since the folder of a distant model goes with it."""
     identities: dict[str, str] = field(default_factory=dict, repr=False)
@@ -174,6 +176,7 @@ def resolve(path: Path, bringer: Bringer, *, tokens: Path | None = None, weights
         truncated_at=found.truncated_at,
         skipped_at=found.skipped_at,
         open_hash=resolved.spec_hash,
+        tokens=tokens,
         bringer=bringer,
     )
     if plan.price > resolved.pay.budget:

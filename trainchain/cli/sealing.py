@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainchain.cli import wiring
 from trainchain.core import seal
 from trainchain.core.errors import TrainChainError
 
@@ -48,22 +49,16 @@ def key_holder(plan: Plan, client: HubClient, chain: ChainClient, settings: Sett
         raise TrainChainError(
             "key.invalid", f"The hub {client.url} shows no exchange key that its wallet {hub} has signed."
         )
-    if plan.keys == "owner" and hub.lower() not in {own_hub and own_hub.lower(), _hub_of(settings.home)}:
+    if plan.keys == "owner" and hub.lower() not in {
+        own_hub and own_hub.lower(),
+        wiring.address_in(settings.home / "hub-wallet.json"),
+    }:
         raise TrainChainError(
             "access.not_your_hub",
             f"The recipe has `access: {{keys: owner}}`, and nothing here says that the hub {hub} is yours.",
             hint=f"If you run it, add --own-hub {hub}; to trust it with the keys, write `keys: hub`.",
         )
     return Holder(hub, public)
-
-
-def _hub_of(home: Path) -> str | None:
-    """The address of the hub that is run from this home, if one is."""
-    try:
-        address = json.loads((home / "hub-wallet.json").read_bytes())["address"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return "0x" + str(address).lower().removeprefix("0x")
 
 
 def sealed(plan: Plan, settings: Settings, out: Output) -> Plan:
@@ -147,7 +142,7 @@ def _seal(plan: Plan, folder: Path) -> _Found:
         return ref
 
     recipe = plan.resolved
-    made = blocks_of(plan.model_dir, plan.files, recipe)
+    made = blocks_of(plan.model_dir, plan.files, recipe, cache=plan.tokens)
     blocks = [
         [one(f"block-{row}-{shard}.age", made.block(row, shard)) for shard in range(recipe.shards)]
         for row in range(1, recipe.rounds + 1)

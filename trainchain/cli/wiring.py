@@ -6,6 +6,7 @@ Everything heavy is imported inside the functions.
 
 from __future__ import annotations
 
+import json
 import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
@@ -55,6 +56,15 @@ def open_wallet(settings: Settings, out: Output) -> Wallet:
     import getpass
 
     return wallet.open(path, getpass.getpass(f"Password of {path}: "))
+
+
+def address_in(path: Path) -> str | None:
+    """The address that a wallet file names, in lower case, read without its password; None where there is none."""
+    try:
+        address = json.loads(path.read_bytes())["address"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return "0x" + str(address).lower().removeprefix("0x")
 
 
 def signed_client(settings: Settings, out: Output) -> tuple[HubClient, Wallet]:

@@ -186,7 +186,6 @@ def test_the_template_of_the_documentation_makes_the_same_documents(job: Path, i
     assert all(text.endswith("<|eot_id|>") for text in said)
 
 
-@pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
 def test_a_base_and_rows_on_a_model_hub_are_looked_at_the_same(
     job: Path, base: Path, inspect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ def summary(hub: Hub, job: Row) -> dict[str, Any]:
         "created": job["created"],
         "spent": str(jobs.owed(hub, job["id"])),
         "budget": str(recipe.pay.budget),
+        "private": recipe.private,
     }
 
 

@@ -1,6 +1,7 @@
 """The tokenized documents of a job, their order, and the counts of its shards. No torch."""
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -136,6 +137,8 @@ def _cached(folder: Path, fill: Callable[[Callable[[str, NDArray[Any]], None]], 
     """The documents mapped from `folder`, written there first where they are not; None where nothing can be."""
     found = TokenizedData.mapped(folder)
     if found is not None:
+        with suppress(OSError):
+            os.utime(folder.parent)  # used now: a cache that must make room takes others first
         return found
     try:
         with ArrayWriter(folder, KINDS) as writer:

@@ -39,11 +39,12 @@ class Volatile:
     def _sweep(self, root: Path) -> None:
         for path in root.glob(f"{self._prefix}*") if root.is_dir() else ():
             pid = path.name.removeprefix(self._prefix).partition("-")[0]
-            if not (pid.isdigit() and _lives(int(pid))):
+            if not (pid.isdigit() and lives(int(pid))):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
+    """Whether a process of that number runs; where that cannot be asked without harm, this one alone."""
     if os.name == "nt":
         return pid == os.getpid()
     try:
