@@ -47,6 +47,7 @@ def a_job(**changes: Any) -> ResolvedRecipe:
             ],
             initial=FileRef(name="initial.safetensors", sha256="0" * 64, size=0),
         ),
+        "chat_template": None,
         "hub_model_id": "acme/support-bot-lora",
     }
     return recipe(files, **{**values, **changes})

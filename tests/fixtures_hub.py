@@ -124,6 +124,7 @@ def recipe(
         "held_out": held_out,
         "access": Access(workers="anyone", keys=None),
         "sealed": None,
+        "chat_template": None,
         "hub_model_id": None,
         "lora": Lora(r=2, alpha=4, targets=["layers.0.q_proj"], initial=ref("initial.safetensors", INITIAL)),
         "training": Training(

@@ -153,6 +153,7 @@ def resolve_recipe(
         held_out=_held_out(held_out, facts),
         access=Access(workers="anyone", keys=None),
         sealed=None,
+        chat_template=None,
         hub_model_id=None,
         lora=Lora(
             r=sizes["r"],

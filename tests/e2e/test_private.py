@@ -49,8 +49,8 @@ def address(machine: Machine, person: str) -> str:
 def test_only_who_is_admitted_trains_and_nothing_lies_in_clear(machine: Machine, secrets: Path) -> None:
     weights = (secrets / "base" / "model.safetensors").read_bytes()[-512:]
     clear = (SECRET.encode(), weights, IDENTITY)
-    hub, url = machine.start_hub()
-    ada, eve = address(machine, "ada"), address(machine, "eve")
+    _, url = machine.start_hub()
+    ada, _ = address(machine, "ada"), address(machine, "eve")
     access = {"workers": [ada], "keys": "owner"}
     recipe = write_recipe(secrets, "private", access=access, samples=["Who wrote this?"], sample_tokens=8)
 
@@ -72,10 +72,7 @@ def test_only_who_is_admitted_trains_and_nothing_lies_in_clear(machine: Machine,
     assert holding(machine.root / "ada", *clear) == []
     killed.kill()
     worker = machine.start("ada", "serve-gpu", "--hub", url, "--threads", "1")
-    worker.wait_for(lambda event: event["event"] == "accepted")
-    assert (
-        len(list((machine.root / "operator" / "home" / "objects").rglob("*"))) <= before + 4
-    )  # a delta, no upload again
+    worker.wait_for(lambda event: event["event"] == "accepted")  # the owner is gone: the hub wraps the key anew
     worker.wait_for(lambda event: event["event"] == "forgotten")
 
     shown = machine.answer("owner", "jobs", "show", job, hub=url)

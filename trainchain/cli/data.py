@@ -87,7 +87,7 @@ def _data(
 def _examine(
     recipe: Recipe, path: Path, form: DataFormat | None, rows: int | None, bringer: Callable[[], Bringer], out: Output
 ) -> Report:
-    from trainchain.cli.plan import hush
+    from trainchain.cli.plan import hush, template_of
     from trainchain.core.sources.address import is_address
 
     hush()
@@ -109,7 +109,7 @@ def _examine(
     return examine(
         path,
         form,
-        load_tokenizer(folder),
+        load_tokenizer(folder, template_of(recipe)),
         job,
         limit=rows,
         vocab_size=vocabulary(load_config(folder)),

@@ -37,7 +37,7 @@ def fetch_merged(
 
     `base` is a folder that holds the base here; without it the base is brought from where its job's workers had it.
     """
-    from trainchain.core.adapter import read_adapter
+    from trainchain.core.adapter import TEMPLATE_FILE, read_adapter
     from trainchain.core.card import CARD_FILE, card
 
     found = delivery.look(client, job_id, round_)
@@ -54,6 +54,8 @@ def fetch_merged(
         try:
             making.chmod(0o755)
             dtype = _fold(folder, adapter, recipe, making)
+            if recipe.chat_template is not None:
+                (making / TEMPLATE_FILE).write_text(recipe.chat_template, encoding="utf-8", newline="")
             text = card(recipe, found.history, told, found.number, folded=dtype)
             (making / CARD_FILE).write_text(text, encoding="utf-8", newline="\n")
             if target.exists():

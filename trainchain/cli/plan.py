@@ -100,7 +100,7 @@ def resolve(path: Path, bringer: Bringer, *, tokens: Path | None = None, weights
     from trainchain.core.recipe import load_recipe
 
     recipe = load_recipe(path)
-    target = _target(recipe.hub_model_id)
+    target, template = _target(recipe.hub_model_id), template_of(recipe)
     hush()
     model_dir, base = bringer.model(recipe.base_model, weights=weights)
     brought: list[tuple[Data, DataFormat | None]] = []
@@ -126,6 +126,7 @@ def resolve(path: Path, bringer: Bringer, *, tokens: Path | None = None, weights
             targets=recipe.lora_target_modules,
             r=recipe.lora_r,
             attention=recipe.attention,
+            chat_template=template,
             cache=tokens,
         )
     datasets = [
@@ -148,6 +149,7 @@ def resolve(path: Path, bringer: Bringer, *, tokens: Path | None = None, weights
         held_out=held_out,
         access=Access(workers=recipe.access.workers, keys=None),
         sealed=None,
+        chat_template=template,
         hub_model_id=target,
         lora=Lora(r=recipe.lora_r, alpha=recipe.lora_alpha, targets=sorted(found.targets), initial=initial),
         training=_training(recipe, found),
@@ -227,6 +229,28 @@ def _held_out(recipe: Recipe, bringer: Bringer) -> Data | None:
             )
         return files[0]
     return None
+
+
+def template_of(recipe: Recipe) -> str | None:
+    """The chat template that the recipe brings. Raises `source.missing`, `recipe.invalid`."""
+    from trainchain.core.models import MAX_TEMPLATE
+
+    if recipe.chat_template is None:
+        return None
+    path = Path(recipe.chat_template)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TrainChainError(
+            "source.missing", f"`chat_template`: {path} cannot be read: {error.strerror}.", hint="Check the path."
+        ) from None
+    except UnicodeDecodeError:
+        text = ""
+    if not 0 < len(text) <= MAX_TEMPLATE:
+        raise TrainChainError(
+            "recipe.invalid", f"`chat_template`: {path} is not a text of up to {MAX_TEMPLATE:,} characters."
+        )
+    return text
 
 
 def _target(text: str | None) -> str | None:

@@ -22,6 +22,7 @@ PREFIX = "base_model.model."
 A_SUFFIX = ".lora_A.weight"
 B_SUFFIX = ".lora_B.weight"
 WEIGHTS_FILE = "adapter_model.safetensors"
+TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "adapter_config.json"
 
 
@@ -109,8 +110,11 @@ def peft_config(recipe: ResolvedRecipe, base_name: str, revision: str | None = N
 def write_peft_folder(
     folder: Path, adapter: Adapter, recipe: ResolvedRecipe, base_name: str, revision: str | None = None
 ) -> None:
-    """Write the standard layout, readable by PEFT alone: the weights and their `adapter_config.json`."""
+    """Write the standard layout, readable by PEFT alone: the weights and their `adapter_config.json`; and the chat
+    template, where the recipe brought one."""
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(peft_config(recipe, base_name, revision), indent=2, sort_keys=True) + "\n"
     (folder / WEIGHTS_FILE).write_bytes(adapter_bytes(adapter))
     (folder / CONFIG_FILE).write_text(config, encoding="utf-8", newline="\n")
+    if recipe.chat_template is not None:
+        (folder / TEMPLATE_FILE).write_text(recipe.chat_template, encoding="utf-8", newline="")

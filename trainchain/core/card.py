@@ -164,6 +164,11 @@ def _use(recipe: ResolvedRecipe, history: History, where: str | None, folded: st
         f"model = AutoModelForCausalLM.from_pretrained({told})",
         f"model = PeftModel.from_pretrained(model, {here})",
     )
+    if recipe.chat_template is not None:
+        yield (
+            "Conversations were laid out by `chat_template.jinja` beside this card, not by the base's own template: "
+            'set `tokenizer.chat_template = open("chat_template.jinja").read()`.'
+        )
     rank = next((rank for rank in RANKS if rank >= recipe.lora.r), None)
     if rank is not None:
         served = f"{base.id} --revision {base.commit}" if base and not base.folder else "BASE"

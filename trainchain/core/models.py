@@ -13,6 +13,8 @@ from trainchain.core.errors import TrainChainError
 
 PROTOCOL = 3
 MAX_INT = 2**63 - 1
+MAX_TEMPLATE = 1 << 18
+"""Characters of a chat template that a recipe may bring."""
 MAX_ANSWER = 16384
 """Characters of an answer to a sample prompt that are kept."""
 
@@ -199,6 +201,8 @@ class ResolvedRecipe(Model):
     held_out: HeldOut | None
     access: Access
     sealed: Sealed | None
+    chat_template: Annotated[str, Field(max_length=MAX_TEMPLATE)] | None
+    """The Jinja text that turns messages into text, in place of the base's own."""
     hub_model_id: Annotated[str, Field(max_length=300)] | None
     """Where the owner wants the merged adapter pushed: `hf://...` or `azureml:...`."""
     lora: Lora

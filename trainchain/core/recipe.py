@@ -143,6 +143,8 @@ class Recipe(_Strict):
     test_datasets: Annotated[list[HeldOutEntry], Field(max_length=1)] = []
     adapter: Literal["lora", "qlora"] = "lora"
     """`qlora` keeps the base in NF4."""
+    chat_template: str | None = None
+    """A file: the Jinja text that is used in place of the base's own."""
     lora_r: Annotated[int, Field(ge=1, le=1024)] = 8
     lora_alpha: Small = 16
     lora_dropout: Annotated[Literal[0], BeforeValidator(_no_dropout)] = 0
@@ -247,6 +249,7 @@ def parse_recipe(text: str, where: str, folder: Path) -> Recipe:
     return recipe.model_copy(
         update={
             "base_model": _absolute(recipe.base_model, folder),
+            "chat_template": recipe.chat_template and str(folder / Path(recipe.chat_template).expanduser()),
             "datasets": [d.model_copy(update={"path": _absolute(d.path, folder)}) for d in recipe.datasets],
             "test_datasets": [d.model_copy(update={"path": _absolute(d.path, folder)}) for d in recipe.test_datasets],
         }

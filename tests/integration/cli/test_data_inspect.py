@@ -172,15 +172,19 @@ def test_a_template_without_marks_is_told_what_to_do_about_it(job: Path, inspect
     assert "<|im_end|>; docs/data.md" in said.err
 
 
-def test_the_template_of_the_documentation_makes_the_same_documents(job: Path, inspect: Any) -> None:
-    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
-    template, other = (block.partition("```")[0] for block in page.split("```jinja\n")[1:])
+def test_the_templates_of_the_documentation_take_the_place_of_the_base_s_own(job: Path, inspect: Any) -> None:
+    root = Path(__file__).parents[3]
+    page = (root / "docs" / "data.md").read_text(encoding="utf-8")
+    shown = [block.partition("```")[0] for block in page.split("```jinja\n")[1:]]
+    shipped = [root / "recipes" / "templates" / name for name in ("chatml.jinja", "llama3.jinja")]
+    assert shown == [path.read_text(encoding="utf-8") for path in shipped]
     before = inspect("--json").document
-    (job / "base" / "chat_template.jinja").write_text(template)
+    (job / "base" / "chat_template.jinja").unlink()
+    (job / "recipe.yaml").write_text(f"{RECIPE}chat_template: {shipped[0]}\n")
 
     assert inspect("--json").document == before
-    (job / "base" / "chat_template.jinja").write_text(other)
-    (job / "recipe.yaml").write_text(RECIPE.replace("sequence_len: 64", "sequence_len: 256"))
+    longer = RECIPE.replace("sequence_len: 64", "sequence_len: 256")
+    (job / "recipe.yaml").write_text(f"{longer}chat_template: {shipped[1]}\n")
     said = [piece["text"] for piece in inspect("--json").document["examples"][0]["pieces"] if piece["loss"]]
     assert said
     assert all(text.endswith("<|eot_id|>") for text in said)

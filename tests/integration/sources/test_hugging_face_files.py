@@ -235,6 +235,23 @@ def test_a_push_leaves_what_others_put_there_and_who_may_see_it(
     assert not hub.repos["model", "me/out"].private
 
 
+def test_a_push_takes_away_what_an_earlier_one_left_of_its_audit_folder_and_nothing_else(
+    hub: Hub, source: HuggingFace, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.put("me/out", {"notes.md": b"mine", "pictures/loss.png": b"png"}, private=True)
+    hub.use(monkeypatch, "me")
+    (adapter / "audit" / "leaves-2.json").write_text("{}")
+    assert source.push(adapter, TARGET, message="Round 2", private=True).created
+    (adapter / "audit" / "leaves-2.json").rename(adapter / "audit" / "leaves-1.json")
+
+    assert source.push(adapter, TARGET, message="Round 1", private=True).created
+
+    held = set(hub.read("me/out"))
+    assert {"notes.md", "pictures/loss.png", "audit/leaves-1.json", "audit/recipe.json"} <= held
+    assert "audit/leaves-2.json" not in held
+    assert not source.push(adapter, TARGET, message="Round 1", private=True).created
+
+
 def test_a_push_into_somebody_s_change_is_a_conflict_and_overwrites_nothing(
     hub: Hub, source: HuggingFace, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

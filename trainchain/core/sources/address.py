@@ -166,4 +166,5 @@ def _page(text: str, rest: str, asked: Asked) -> TrainChainError:
 
 
 def _wrong(text: str, asked: Asked, why: str) -> TrainChainError:
-    return TrainChainError("source.address", f"{text[:300]!r} {why}.", hint=FORMS[asked])
+    shown = text.split("?")[0][:300]  # what follows may be a signature
+    return TrainChainError("source.address", f"{shown!r} {why}.", hint=FORMS[asked])

@@ -159,10 +159,11 @@ class HuggingFace:
     def push(self, folder: Path, target: Address, *, message: str, private: bool) -> Pushed:
         """Commit the files of `folder` on top of what the repository has, in one commit that holds or does not.
 
-        A new repository is made private if `private`. Nothing that lies there under other names is touched, and no
-        repository's visibility is changed. Raises `push.conflict` where somebody else wrote meanwhile.
+        A new repository is made private if `private`; no repository's visibility is changed. Nothing that lies there
+        under other names is touched, but for what an earlier push left in the folders of this one. Raises
+        `push.conflict` where somebody else wrote meanwhile.
         """
-        from huggingface_hub import CommitOperationAdd
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
         from huggingface_hub.errors import HfHubHTTPError
 
         assert isinstance(target, HubAddress)
@@ -192,11 +193,15 @@ class HuggingFace:
                 hint="Push with --public, name another repository, or make that one private in its settings.",
             )
         parent = str(info.sha)
+        bundled = {name.partition("/")[0] for name in files if "/" in name}
+        there = ask.patiently(target, lambda: api.list_repo_files(target.repo, revision=parent)) if bundled else []
+        stale = [name for name in there if "/" in name and name.partition("/")[0] in bundled and name not in files]
 
         def commit() -> CommitInfo:
             adds = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+            steps: list[CommitOperationAdd | CommitOperationDelete] = [*adds, *map(CommitOperationDelete, stale)]
             try:
-                return api.create_commit(target.repo, adds, commit_message=message, parent_commit=parent)
+                return api.create_commit(target.repo, steps, commit_message=message, parent_commit=parent)
             except XET_ERRORS as error:
                 if isinstance(error, HfHubHTTPError):
                     raise

@@ -119,7 +119,8 @@ def blocks_of(
 
     sources = [(path(data), data.format) for data in recipe.datasets]
     length, size = recipe.training.sequence_len, vocabulary(load_config(model_dir))
-    documents = load_documents(sources, load_tokenizer(model_dir), length, vocab_size=size, cache=cache)
+    tokenizer = load_tokenizer(model_dir, recipe.chat_template)
+    documents = load_documents(sources, tokenizer, length, vocab_size=size, cache=cache)
     return Blocks(recipe, documents, sources, path(recipe.held_out.dataset) if recipe.held_out else None)
 
 

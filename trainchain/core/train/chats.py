@@ -232,21 +232,21 @@ def _usable_template(tokenizer: Any) -> str:
         raise TrainChainError(
             "data.format",
             "The data has chat messages, but the base model's tokenizer has no chat template.",
-            hint="Add chat_template.jinja to the model folder (docs/data.md has one), or take prompt/completion rows.",
+            hint="Write `chat_template: FILE` (docs/data.md has some), or take prompt/completion rows.",
         )
     if not _OPEN.search(template):
         end = next((end for begin, end in FAMILIES.items() if begin in template), "end-of-turn token")
         raise TrainChainError(
             "data.format",
             "The base model's chat template does not mark what the assistant says.",
-            hint="In chat_template.jinja, put {% generation %} before what it says and {% endgeneration %} after its "
-            f"{end}; docs/data.md shows how.",
+            hint="Write `chat_template: FILE`, with {% generation %} before what it says and {% endgeneration %} after "
+            f"its {end}; docs/data.md has some.",
         )
     if found := _CHANGING.search(template):
         raise TrainChainError(
             "data.format",
             f"The base model's chat template uses `{found[0]}`: the same row would be other tokens another time.",
-            hint="In chat_template.jinja, put a fixed text in its place.",
+            hint="Write `chat_template: FILE` with a fixed text in its place.",
         )
     if not getattr(tokenizer, "is_fast", False):
         raise TrainChainError(
@@ -260,7 +260,7 @@ def _usable_template(tokenizer: Any) -> str:
         raise TrainChainError(
             "data.format",
             f"The base model's chat template cannot be read: {error.message} (its line {error.lineno}).",
-            hint="Correct chat_template.jinja in the model folder.",
+            hint="Correct it, or write `chat_template: FILE` with another.",
         ) from None
     except Exception:  # it refuses this conversation, which need not be one of the data's
         pass
@@ -291,6 +291,6 @@ def _spans(text: str, marked: str, marks: tuple[str, str]) -> Spans:
     if depth or "".join(pieces[::2]) != text:
         raise BadRow(
             "gets other text from the chat template once its {% generation %} marks are looked at",
-            "In chat_template.jinja, put those marks around output itself, outside of filters that change it.",
+            "In the template, put those marks around output itself, outside of filters that change it.",
         )
     return found

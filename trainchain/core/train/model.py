@@ -46,13 +46,16 @@ _HINT = "It needs config.json, a tokenizer and *.safetensors of a model that tra
 _OTHER_BASE = "Take a base whose only state across tokens is causal attention: Llama, Qwen, Mistral, Gemma, Phi ..."
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer, which cuts nothing by itself."""
+def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
+    """The tokenizer, which cuts nothing by itself; `chat_template` takes the place of its own."""
     check_folder(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, model_max_length=sys.maxsize, **_LOCAL)
+        tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=sys.maxsize, **_LOCAL)
     except Exception as error:  # a stranger's folder: whatever it makes the library raise
         raise _unreadable(folder, f"its tokenizer cannot be loaded ({_brief(error)})") from None
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
 
 
 def load_config(folder: Path) -> Any:

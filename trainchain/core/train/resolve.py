@@ -83,6 +83,7 @@ def inspect(
     targets: str | Sequence[str],
     r: int,
     attention: Kernel | None = None,
+    chat_template: str | None = None,
     cache: Path | None = None,
 ) -> Inspection:
     """Read model folder and data, loading no weights. `targets` is `all-linear` or a list of module names.
@@ -97,7 +98,7 @@ def inspect(
     config = load_config(model_dir)
     _check_length(config, sequence_len)
     kernel = _kernel(config, attention)
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer = load_tokenizer(model_dir, chat_template)
     sources = [(path, form or format_of(path)) for path, form in datasets]
     vocab_size = vocabulary(config)
     documents = load_documents(sources, tokenizer, sequence_len, vocab_size=vocab_size, cache=cache)

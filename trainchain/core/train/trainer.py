@@ -103,7 +103,7 @@ class Engine:
         self._held_out: TokenizedData | None = None
         lanes = self._lanes(threads)
         set_modes(max(1, threads // lanes), training.seed)
-        self._tokenizer = load_tokenizer(model_dir)
+        self._tokenizer = load_tokenizer(model_dir, recipe.chat_template)
         self._vocab_size = vocabulary(load_config(model_dir))
         self._order: DataOrder | None = None
         if recipe.sealed is None:
