@@ -45,6 +45,21 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(
     assert 1_100_000 < at[1] <= 1_200_000
 
 
+def test_the_token_is_for_the_hub_and_not_for_where_its_files_lie(
+    hub: Hub, source: HuggingFace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.put("alice/own", {"model.safetensors": WEIGHTS}, private=True)
+    hub.use(monkeypatch, "alice")
+
+    source.fetch(f"hf://alice/own@{commit}", "model.safetensors", tmp_path / "part", size=len(WEIGHTS))
+    assert source.head(f"hf://alice/own@{commit}", "model.safetensors", 8) == WEIGHTS[:8]
+
+    elsewhere = [request for request in hub.requests if request.path.startswith("/cdn/")]
+    assert len(elsewhere) == 2
+    assert not any(request.token for request in elsewhere)
+    assert all(request.token for request in hub.requests if request not in elsewhere)
+
+
 def test_a_download_of_an_earlier_process_goes_on_where_it_was(
     hub: Hub, source: HuggingFace, pinned: str, tmp_path: Path
 ) -> None:
