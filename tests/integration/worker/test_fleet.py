@@ -1,5 +1,7 @@
 """Several devices of one machine: a child and a client each, one wallet; what stops one, stops all."""
 
+import _thread
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -122,3 +124,36 @@ def test_one_that_ends_for_good_ends_all() -> None:
         fleet.run([idle, Toy(fail)], None)
 
     assert idle.stopped.is_set()
+
+
+@dataclass
+class Slow:
+    """Holds a lease until it is told to stop, and gives it back in its time; may interrupt the main thread before."""
+
+    interrupts: bool
+    gave_back: bool = False
+    stopped: threading.Event = field(default_factory=threading.Event)
+    busy: bool = False
+
+    def run(self, quota: Quota) -> None:
+        self.busy = True
+        if self.interrupts:
+            _thread.interrupt_main()
+        self.stopped.wait(30)
+        for _ in range(1000):
+            os.sched_yield()
+        self.gave_back = True
+        self.busy = False
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_a_signal_in_whatever_moment_waits_for_every_lease_to_be_given_back(attempt: int) -> None:
+    slow = [Slow(False), Slow(True)]
+
+    with pytest.raises(KeyboardInterrupt):
+        fleet.run(slow, None)
+
+    assert all(worker.gave_back for worker in slow)

@@ -56,33 +56,35 @@ def run(workers: Sequence[Hand], shards: int | None) -> None:
         workers[0].run(quota)
         return
     failures: list[BaseException] = []
+    # Not Thread.join and is_alive: a signal in the middle of a join makes Python 3.11 take the thread for ended.
+    ended = [threading.Event() for _ in workers]
 
-    def one(worker: Hand) -> None:
+    def one(worker: Hand, end: threading.Event) -> None:
         try:
             worker.run(quota)
         except Stopped:
             pass
         except BaseException as error:
             failures.append(error)
+        finally:
+            end.set()
 
-    threads = [threading.Thread(target=one, args=(worker,), name="worker", daemon=True) for worker in workers]
-    for thread in threads:
-        thread.start()
     try:
-        while not failures and any(thread.is_alive() for thread in threads):
-            for thread in threads:
-                thread.join(LOOK_SECONDS)
+        for pair in zip(workers, ended, strict=True):
+            threading.Thread(target=one, args=pair, name="worker", daemon=True).start()
+        while not failures and not all(end.is_set() for end in ended):
+            next((end for end in ended if not end.is_set()), ended[0]).wait(LOOK_SECONDS)
     finally:
         for worker in workers:
             worker.stop()
-        _wait_until_idle(workers, threads)
+        _wait_until_idle(workers, ended)
     if failures:
         raise failures[0]
 
 
-def _wait_until_idle(workers: Sequence[Hand], threads: Sequence[threading.Thread]) -> None:
+def _wait_until_idle(workers: Sequence[Hand], ended: Sequence[threading.Event]) -> None:
     """Until no worker holds a lease. Those that wait for one at the hub's end with the process."""
     until = time.monotonic() + STOP_SECONDS
-    for worker, thread in zip(workers, threads, strict=True):
-        while worker.busy and thread.is_alive() and time.monotonic() < until:
-            thread.join(LOOK_SECONDS)
+    for worker, end in zip(workers, ended, strict=True):
+        while worker.busy and not end.is_set() and time.monotonic() < until:
+            end.wait(LOOK_SECONDS)
