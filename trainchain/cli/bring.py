@@ -15,6 +15,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -54,13 +55,19 @@ class Bringer:
     The folders in which distant files lie under their own names last as long as this object.
     """
 
-    def __init__(self, cache: Cache, note: Note) -> None:
-        self._cache = cache
+    def __init__(self, cache: Callable[[], Cache], note: Note) -> None:
+        self._open_cache = cache
         self._note = note
+
+    @cached_property
+    def _cache(self) -> Cache:
+        """Made when something is fetched: a recipe of folders and files leaves nothing behind."""
+        cache = self._open_cache()
         for left in cache.folder.glob(".brought-*"):
             pid = left.name.split("-")[1]
             if not (pid.isdigit() and lives(int(pid))):
                 shutil.rmtree(left, ignore_errors=True)
+        return cache
 
     def model(self, text: str, *, weights: bool) -> tuple[Path, Base]:
         """A model folder and its manifest. Without `weights` the numbers of a distant model's weights may be absent
@@ -76,7 +83,7 @@ class Bringer:
             return folder, Base(source=None, license=_license_of(folder), files=files)
         found = self._find(text, "model")
         refs = []
-        folder = self._folder()
+        folder = self.folder(self._cache.folder)
         for file in found.files:
             ref, path = self._pin(found, file, PurePosixPath(file.path).name, numbers=weights)
             if path is None:
@@ -101,7 +108,7 @@ class Bringer:
             raise TrainChainError(
                 "data.empty", f"{text} has no files of rows.", hint=f"TrainChain reads {', '.join(DATA_FILES)}."
             )
-        kept, folder = [], self._folder()
+        kept, folder = [], self.folder(self._cache.folder)
         for index, file in enumerate(chosen):
             ref, path = self._pin(found, file, f"{label}-{index}{PurePosixPath(file.path).suffix}", numbers=True)
             assert path is not None
@@ -111,8 +118,9 @@ class Bringer:
             kept.append(Data(named, found.source, ref))
         return kept
 
-    def _folder(self) -> Path:
-        made = Path(tempfile.mkdtemp(prefix=f".brought-{os.getpid()}-", dir=self._cache.folder))
+    def folder(self, place: Path) -> Path:
+        """A new folder in `place` that goes with this object."""
+        made = Path(tempfile.mkdtemp(prefix=f".brought-{os.getpid()}-", dir=place))
         weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
         return made
 

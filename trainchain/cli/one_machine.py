@@ -57,7 +57,7 @@ def run(recipe_path: Path, keep: Path | None, home: Path, workers: int, output: 
 
     clock = Clock()
     own = Settings(home, "")
-    plan = resolve(recipe_path, bringer_of(own, out), tokens=own.cache / "tokens")
+    plan = resolve(recipe_path, bringer_of(own, out))
     _check_workers(plan)
     out.note(plan.describe())
     target = output or Path(f"{plan.resolved.name}-lora")

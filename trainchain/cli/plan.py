@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from trainchain.core.recipe import Recipe
     from trainchain.core.settings import Settings
     from trainchain.core.train.resolve import Inspection
+    from trainchain.core.worker.cache import Cache
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ class Plan:
 def resolve(path: Path, bringer: Bringer, *, tokens: Path | None = None, weights: bool = False) -> Plan:
     """Pin everything of a recipe, on this machine. Raises its one clear error for whatever is wrong with it.
 
-    `tokens` keeps the tokenised data for a training child of this machine; with `weights` a base on a model hub is
-    brought here whole, else only what resolving needs of it.
+    `tokens` keeps the tokenised data for a training child of this machine; without it that of a private job is kept
+    until it is sealed. With `weights` a base on a model hub is brought here whole, else only what resolving needs.
     """
     from trainchain.core.digests import sha256
     from trainchain.core.models import Access, DataSet, FileRef, HeldOut, Lora, Merge, Pay, ResolvedRecipe
@@ -102,6 +104,8 @@ def resolve(path: Path, bringer: Bringer, *, tokens: Path | None = None, weights
     recipe = load_recipe(path)
     target, template = _target(recipe.hub_model_id), template_of(recipe)
     hush()
+    if tokens is None and recipe.access.holder is not None:
+        tokens = bringer.folder(Path(tempfile.gettempdir()))
     model_dir, base = bringer.model(recipe.base_model, weights=weights)
     brought: list[tuple[Data, DataFormat | None]] = []
     for index, entry in enumerate(recipe.datasets):
@@ -193,9 +197,13 @@ def resolve(path: Path, bringer: Bringer, *, tokens: Path | None = None, weights
 
 def bringer_of(settings: Settings, out: Output) -> Bringer:
     """What brings sources into this home's cache."""
-    from trainchain.core.worker.cache import Cache
 
-    return Bringer(Cache(settings.cache, cap=settings.cache_cap), out.note)
+    def cache() -> Cache:
+        from trainchain.core.worker.cache import Cache
+
+        return Cache(settings.cache, cap=settings.cache_cap)
+
+    return Bringer(cache, out.note)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ def submit(
 
     out = Output(json_mode=json_)
     settings = Settings.load(home, hub)
-    plan = resolve(recipe, bringer_of(settings, out), tokens=settings.cache / "tokens")
+    plan = resolve(recipe, bringer_of(settings, out))
     out.note(plan.describe())
 
     def confirm(budget: int) -> None:

@@ -119,7 +119,12 @@ CHEAP: dict[str, tuple[Callable[[Desk], Any], str, int, str]] = {
     "a recipe that is no YAML": (lambda d: d.change("[{path", "[{{path"), "recipe.not_yaml", 2, "recipe.yaml:"),
     "missing data": (lambda d: (d.job / "train.jsonl").unlink(), "source.missing", 2, "train.jsonl"),
     "a missing model": (lambda d: d.change("./base", "./bass"), "source.missing", 2, "bass is not a folder"),
-    "a model elsewhere": (lambda d: d.change("./base", "hf://org/model"), "source.unsupported", 2, "hf://org/model"),
+    "a model elsewhere": (
+        lambda d: d.change("./base", "s3://bucket/model"),
+        "source.unsupported",
+        2,
+        "s3://bucket/model",
+    ),
     "data of another kind": (lambda d: d.change("./train.jsonl", "./recipe.yaml"), "source.unsupported", 2, "jsonl"),
 }
 WITH_TORCH: dict[str, tuple[Callable[[Desk], Any], str, int, str]] = {
