@@ -94,6 +94,7 @@ def test_only_who_is_admitted_trains_and_nothing_lies_in_clear(machine: Machine,
     assert machine.answer("eve", "jobs", "show", job, hub=url)["evaluations"][0]["samples"] is None
 
 
+@pytest.mark.long
 def test_one_machine_trains_a_job_for_its_owner_alone(machine: Machine, secrets: Path) -> None:
     recipe = write_recipe(secrets, "alone", access={"workers": "owner"}, rounds=1)
 

@@ -56,6 +56,7 @@ def test_one_signal_stops_all_and_gives_every_lease_back(machine: Machine, tiny_
     assert {shard["state"] for shard in row["shards"]} == {"open"}
 
 
+@pytest.mark.long
 def test_one_gpu_may_be_chosen(machine: Machine, tiny_job: Path) -> None:
     _, url = machine.start_hub()
     recipe = write_recipe(tiny_job, "one-of-two", rounds=1, shards=1)

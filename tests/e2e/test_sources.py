@@ -101,6 +101,7 @@ def test_base_and_data_from_a_hub_and_the_adapter_back_to_it(machine: Machine, h
     assert not [token for token in hub.users if token.encode() in logs]
 
 
+@pytest.mark.long
 def test_one_machine_fetches_once_and_pushes_at_the_end(machine: Machine, hub: Hub, recipe: Path) -> None:
     signed_in(machine, hub, "owner")
 
@@ -111,6 +112,7 @@ def test_one_machine_fetches_once_and_pushes_at_the_end(machine: Machine, hub: H
     assert len([request for request in whole if request.method == "GET"]) == 1
 
 
+@pytest.mark.long
 def test_bytes_that_are_not_the_published_ones_are_named_and_not_trained_on(
     machine: Machine, hub: Hub, recipe: Path
 ) -> None:
