@@ -20,6 +20,7 @@ from trainchain.core.worker.cache import Cache, verify
 from trainchain.core.worker.files import model_folder
 
 JOB = "0x" + "ab" * 32
+TOKENS = "f0" * 32
 OTHER_JOB = "0x" + "cd" * 32
 
 
@@ -499,8 +500,8 @@ def test_what_lies_there_is_listed_with_what_it_belongs_to(disk: Disk) -> None:
     disk.get("b.json")
     disk.source.cut = 100
     failure(disk.get, "c.json")
-    (disk.folder / "tokens" / "f00").mkdir()
-    (disk.folder / "tokens" / "f00" / "ids").write_bytes(b"12345678")
+    (disk.folder / "tokens" / TOKENS).mkdir()
+    (disk.folder / "tokens" / TOKENS / "ids").write_bytes(b"12345678")
     found = {entry.belongs or entry.kind: entry for entry in disk.cache.room.entries()}
 
     private, shared = found.pop(f"a.json of {SOURCE}"), found.pop(f"b.json of {SOURCE}")

@@ -18,7 +18,7 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from trainchain.core.digests import sha256
+from trainchain.core.digests import is_digest, sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.settings import private_folder, show_size
 
@@ -226,6 +226,7 @@ def delete(path: Path) -> None:
 
 
 def _scan(root: Path, job: str | None) -> Iterator[Entry]:
+    """What a cache put there, all of it named by digests: the folder may be one that others keep things in as well."""
     objects: dict[str, list[Path]] = {}
     for shelf in _listed(root / FOLDERS["object"]):
         for path in _listed(shelf):
@@ -235,8 +236,11 @@ def _scan(root: Path, job: str | None) -> Iterator[Entry]:
         objects.setdefault(path.name, []).append(path)
     models: dict[str, list[Path]] = {}
     for path in _listed(root / FOLDERS["model"]):
-        models.setdefault(path.name.lstrip(".").partition(".")[0], []).append(path)  # .NAME.x is being made
+        models.setdefault(_model_name(path), []).append(path)
     tokens = {path.name: [path] for path in _listed(root / FOLDERS["tokens"])}
+    objects, models, tokens = (
+        {name: paths for name, paths in found.items() if is_digest(name)} for found in (objects, models, tokens)
+    )
 
     def entry(kind: Kind, name: str, paths: list[Path], linked: Iterable[int] = ()) -> Entry:
         stats = _stats(paths)
@@ -265,12 +269,18 @@ def _scan(root: Path, job: str | None) -> Iterator[Entry]:
 def _remove(entry: Entry) -> None:
     """Remove an entry; with an object go the model folders that link to it, or it would stay on the disk."""
     inodes = {found.st_ino for found in _stats(entry.paths) if entry.kind == "object" and found.st_nlink > 1}
-    linking = _listed(entry.root / FOLDERS["model"]) if inodes else []
+    beside = _listed(entry.root / FOLDERS["model"]) if inodes else []
+    linking = [path for path in beside if is_digest(_model_name(path))]
     gone = [model for model in linking if inodes & {found.st_ino for found in _stats(_listed(model))}]
     with suppress(OSError):  # on Windows what somebody has open stays
         for path in (*gone, *entry.paths):
             delete(path)
         (entry.root / ABOUT / entry.name).unlink(missing_ok=True)
+
+
+def _model_name(path: Path) -> str:
+    """The model's, also of a folder that is being made: .NAME.x."""
+    return path.name.lstrip(".").partition(".")[0]
 
 
 def _belongs(folder: Path, name: str) -> str:
