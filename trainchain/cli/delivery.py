@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 ENDED = ("finished", "settled", "closed", "expired", "cancelled")
 MAX_ADAPTER = 1 << 34
+PULLED = "trainchain.json"
+"""Stands in every folder that was pulled."""
+PULLING = ".pulling-"
 Document = dict[str, Any]
 
 
@@ -97,9 +101,11 @@ def fetch(client: HubClient, job_id: str, target: Path | None, *, round_: int | 
     """Write the merged adapter of a round (default: the last merged one) as a standard PEFT folder."""
     found = look(client, job_id, round_)
     target = target or Path(f"{found.recipe.name}-lora")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not (target / "trainchain.json").exists():
+    taken = target.exists() and (
+        not target.is_dir() or any(not path.name.startswith(PULLING) for path in target.iterdir())
+    )
+    if taken and not (target / PULLED).exists():
         raise TrainChainError("usage.flag", f"{target} exists and is not empty.", hint="Name another folder with -o.")
-    _write_adapter(client, found, target)
     recipe, history = found.recipe, found.history
     answers = next((row.samples for row in history.evaluations if row.round == found.number), None)
     facts = {
@@ -114,8 +120,32 @@ def fetch(client: HubClient, job_id: str, target: Path | None, *, round_: int | 
         ],
         "base_model": [ref.model_dump() for ref in recipe.base_model.files],
     }
-    (target / "trainchain.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8", newline="\n")
+    with _put_into(target) as making:
+        _write_adapter(client, found, making)
+        (making / PULLED).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8", newline="\n")
     return {"folder": str(target), **facts}
+
+
+@contextlib.contextmanager
+def _put_into(target: Path) -> Iterator[Path]:
+    """A folder whose files are moved into `target` once all of them are there; after a failure nothing is left."""
+    from trainchain.core.worker.room import full_disk
+
+    fresh = not target.exists()
+    with full_disk(target, "the adapter was written", hint="Free some, or name a folder on another disk with -o."):
+        target.mkdir(parents=True, exist_ok=True)
+        for left in target.glob(f"{PULLING}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        making = Path(tempfile.mkdtemp(prefix=PULLING, dir=target))
+        try:
+            yield making
+            for path in making.iterdir():
+                path.replace(target / path.name)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+            if fresh:
+                with contextlib.suppress(OSError):  # it is not empty where all went well
+                    target.rmdir()
 
 
 def assemble(client: HubClient, found: Merged, folder: Path, *, where: str | None) -> list[Document]:
@@ -160,6 +190,7 @@ def push(
     """
     from trainchain.core.sources.address import HubAddress, Local, parse
     from trainchain.core.sources.table import source_of
+    from trainchain.core.worker.room import full_disk
 
     # What is wrong with the target is said before anything is asked for.
     address = parse(target, "target") if target is not None else None
@@ -181,7 +212,8 @@ def push(
     assert not isinstance(address, Local)
     where = address.repo if isinstance(address, HubAddress) else None
     with tempfile.TemporaryDirectory(prefix="trainchain-push-") as scratch:
-        files = assemble(client, found, Path(scratch), where=where)
+        with full_disk(Path(scratch), "the adapter was laid out", hint="Free some, or name another disk with TMPDIR."):
+            files = assemble(client, found, Path(scratch), where=where)
         note(f"pushing  round {found.number} of {found.recipe.name} to {address.text}: {_listed(files)}")
         note("         trainchain/recipe.json is the whole recipe, with its sample prompts and who was paid")
         if found.recipe.private:

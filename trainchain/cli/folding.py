@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 SLOT = "folding"
 MEMORY = 2.3
 """Times the weights: the most that was measured, the mapped files of the base included."""
+OTHER_DISK = "Free some, or name a folder on another disk with -o."
 Note = Callable[[str], None]
 
 
@@ -39,12 +42,19 @@ def fetch_merged(
     """
     from trainchain.core.adapter import TEMPLATE_FILE, read_adapter
     from trainchain.core.card import CARD_FILE, card
+    from trainchain.core.worker.room import full_disk
 
     found = delivery.look(client, job_id, round_)
     recipe = found.recipe
     target = target or Path(f"{recipe.name}-merged")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise TrainChainError("usage.flag", f"{target} exists and is not empty.", hint="Name another folder with -o.")
+    if target.is_symlink() or os.path.ismount(target) or (target.exists() and target.samefile(Path.cwd())):
+        raise TrainChainError(
+            "usage.flag",
+            f"{target} is a link, a disk of its own or the folder that you are in, so it cannot be put in place whole.",
+            hint=f"Name a new folder in it: -o {target / f'{recipe.name}-merged'}",
+        )
     told = delivery.chain_told(client)
     with _base(client, cache, recipe, base, note) as folder:
         _room(folder, target.absolute().parent, note)
@@ -53,11 +63,12 @@ def fetch_merged(
         making = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
         try:
             making.chmod(0o755)
-            dtype = _fold(folder, adapter, recipe, making)
-            if recipe.chat_template is not None:
-                (making / TEMPLATE_FILE).write_text(recipe.chat_template, encoding="utf-8", newline="")
-            text = card(recipe, found.history, told, found.number, folded=dtype)
-            (making / CARD_FILE).write_text(text, encoding="utf-8", newline="\n")
+            with full_disk(target.absolute().parent, "the folded model was written", hint=OTHER_DISK):
+                dtype = _fold(folder, adapter, recipe, making)
+                if recipe.chat_template is not None:
+                    (making / TEMPLATE_FILE).write_text(recipe.chat_template, encoding="utf-8", newline="")
+                text = card(recipe, found.history, told, found.number, folded=dtype)
+                (making / CARD_FILE).write_text(text, encoding="utf-8", newline="\n")
             if target.exists():
                 target.rmdir()
             making.rename(target)
@@ -76,11 +87,19 @@ def fetch_merged(
 
 
 def _fold(folder: Path, adapter: Any, recipe: ResolvedRecipe, target: Path) -> str:
+    from safetensors import SafetensorError
+
     from trainchain.cli.plan import hush
     from trainchain.core.train.fold import fold
 
     hush()
-    return fold(folder, adapter, recipe.lora, target)
+    try:
+        return fold(folder, adapter, recipe.lora, target)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))  # its word for what the system refused
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from None
 
 
 @contextlib.contextmanager
@@ -152,7 +171,7 @@ def _room(base: Path, parent: Path, note: Note) -> None:
         raise TrainChainError(
             "disk.full",
             f"The folded model takes {_gb(needed)}, and the disk of {existing} has {_gb(free)} free.",
-            hint="Free some, or name a folder on another disk with -o.",
+            hint=OTHER_DISK,
         )
 
 

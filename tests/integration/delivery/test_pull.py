@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +107,68 @@ def test_what_cannot_be_folded_leaves_nothing_behind(
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     assert codes() == "disk.full"
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No file of this process grows beyond 2000 bytes: as near to a full disk as a test comes without one."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_disk_that_fills_is_told_of_and_leaves_nothing_half_written(
+    trained: Trained, tiny: Path, tmp_path: Path, full: None
+) -> None:
+    client, job = trained.client, trained.job.id
+    old = {"trainchain.json": b"{}", "adapter_model.safetensors": b"of an earlier round"}
+    (tmp_path / "old").mkdir()
+    for name, data in old.items():
+        (tmp_path / "old" / name).write_bytes(data)
+    cache = Cache(tmp_path / "cache")
+
+    ways: list[Callable[[], object]] = [
+        lambda: delivery.fetch(client, job, tmp_path / "new"),
+        lambda: delivery.fetch(client, job, tmp_path / "old"),
+        lambda: folding.fetch_merged(client, cache, job, tmp_path / "model", note=lambda _: None, base=tiny),
+        trained.push,
+    ]
+    for way in ways:
+        with pytest.raises(TrainChainError) as caught:
+            way()
+        assert caught.value.code == "disk.full"
+        assert "TRAINCHAIN_CACHE" not in caught.value.hint, "it is another folder that is full"
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "old"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == old
+
+
+def test_what_a_killed_pull_left_does_no_harm(trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "adapter" / ".pulling-abc").mkdir(parents=True)
+    (tmp_path / "adapter" / ".pulling-abc" / "adapter_model.safetensors").write_bytes(b"half")
+
+    delivery.fetch(trained.client, trained.job.id, tmp_path / "adapter")
+
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "trainchain.json"}
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_anything_is_folded(
+    trained: Trained, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    said: list[str] = []
+
+    for target in (Path(), tmp_path / "link"):
+        with pytest.raises(TrainChainError) as caught:
+            folding.fetch_merged(
+                trained.client, Cache(tmp_path / "cache"), trained.job.id, target, note=said.append, base=tiny
+            )
+        assert (caught.value.code, "-merged" in caught.value.hint) == ("usage.flag", True)
+    assert said == []

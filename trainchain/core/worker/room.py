@@ -27,6 +27,7 @@ Held = Mapping[str, int]
 """Keys of entries, each with the bytes that it will have when it is whole."""
 FOLDERS: dict[Kind, str] = {"object": "objects", "model": "models", "tokens": "tokens"}
 PARTIAL, ABOUT, PRIVATE, LOCKS, IN_USE = "partial", "about", "private", "locks", "in-use"
+ELSEWHERE = "Free space there, or name a folder on another disk with TRAINCHAIN_CACHE."
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -194,22 +195,18 @@ def key_of(kind: Kind, name: str, job: str | None) -> str:
 
 
 @contextmanager
-def full_disk(folder: Path, what: str) -> Iterator[None]:
+def full_disk(folder: Path, what: str, *, hint: str = ELSEWHERE) -> Iterator[None]:
     """Turn the system's word for a disk, quota or file that can take no more into `disk.full`."""
     try:
         yield
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        raise _disk_full(folder, f"{os.strerror(error.errno)}, while {what}") from None
+        raise _disk_full(folder, f"{os.strerror(error.errno)}, while {what}", hint) from None
 
 
-def _disk_full(folder: Path, why: str) -> TrainChainError:
-    return TrainChainError(
-        "disk.full",
-        f"The disk that {folder} is on has no room: {why}.",
-        hint="Free space there, or name a folder on another disk with TRAINCHAIN_CACHE.",
-    )
+def _disk_full(folder: Path, why: str, hint: str = ELSEWHERE) -> TrainChainError:
+    return TrainChainError("disk.full", f"The disk that {folder} is on has no room: {why}.", hint=hint)
 
 
 def plain(text: str) -> str:
