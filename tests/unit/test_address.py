@@ -91,11 +91,42 @@ def test_what_is_no_address_is_told_how_to_be_written(text: str, asked: str, cod
     assert failed.value.message.isprintable()
 
 
-def test_a_signature_in_a_pasted_link_is_not_repeated() -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://huggingface.co/org/name?token=hf_secret",
+        "https://me:hf_secret@huggingface.co/org/name",
+        "https://hf_secret@huggingface.co/datasets/org/name",
+        "https://me:hf_secret@example.org/model",
+        "abfss://rows@account.dfs.core.windows.net/x?sig=hf_secret",
+        "s3://key:hf_secret@bucket/rows",
+        "hf://me:hf_secret@huggingface.co/org/name",
+        "hf://datasets/me/name?token=hf_secret",
+    ],
+)
+@pytest.mark.parametrize("asked", ["model", "data", "target"])
+def test_a_signature_or_a_password_in_a_pasted_link_is_not_repeated(text: str, asked: str) -> None:
     with pytest.raises(TrainChainError) as failed:
-        parse("https://huggingface.co/org/name?token=hf_secret", "model")
+        parse(text, asked)  # type: ignore[arg-type]
 
     assert "hf_secret" not in failed.value.message + failed.value.hint
+
+
+def test_a_link_with_a_password_still_leads_to_its_address() -> None:
+    with pytest.raises(TrainChainError) as failed:
+        parse("https://me:hf_secret@huggingface.co/org/name", "model")
+
+    assert failed.value.hint == "Write hf://org/name"
+
+
+@pytest.mark.parametrize("text", ["azureml:name:1", "azureml:!!!", "azureml://models/name/versions/1", "azureml:"])
+def test_a_target_in_azure_is_read_where_it_is_written(text: str) -> None:
+    """Not when the adapter is there, and paid for."""
+    with pytest.raises(TrainChainError) as failed:
+        parse(text, "target")
+
+    assert failed.value.code == "source.address"
+    assert isinstance(parse("azureml:name", "target"), AzureAddress)
 
 
 @given(

@@ -73,7 +73,7 @@ def test_paths_are_taken_from_the_recipe_s_own_folder() -> None:
     assert read(with_value("base_model", "/abs/olute")).base_model == "/abs/olute"
 
 
-@pytest.mark.parametrize("address", ["hf://org/model", "azureml://registries/x", "azureml:model:3"])
+@pytest.mark.parametrize("address", ["hf://org/model", "azureml://registries/x", "azureml:model:3", "AzureML:model:3"])
 def test_an_address_is_no_path(address: str) -> None:
     assert read(with_value("base_model", f'"{address}"')).base_model == address
 
@@ -215,6 +215,12 @@ def test_samples_need_no_held_out_data() -> None:
         ("name", '""'),
         ("name", "a" * 65),
         ("base_model", "[a]"),
+        ("base_model", "~nobody-of-that-name/base"),
+        ("base_model", r'"a\0b"'),
+        ("chat_template", "~nobody-of-that-name/chatml.jinja"),
+        ("chat_template", r'"a\0b"'),
+        ("datasets", "[{path: ~nobody-of-that-name/a.jsonl}]"),
+        ("datasets", r'[{path: "a\0b.jsonl"}]'),
         ("datasets", "train.jsonl"),
         ("datasets", "[]"),
         ("datasets", "[{type: text}]"),

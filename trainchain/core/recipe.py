@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic.functional_validators import BeforeValidator
+from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from trainchain.core import money
 from trainchain.core.errors import TrainChainError
@@ -89,6 +89,18 @@ def _tokens(value: object) -> object:
         raise ValueError(error.message.rstrip(".")) from None
 
 
+def _place(text: str) -> str:
+    """A path or an address that this machine can look for."""
+    if "\0" in text:
+        raise ValueError("no path has a NUL in it")
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("there is no home folder of that name here") from None
+    return text
+
+
+Place = Annotated[str, AfterValidator(_place)]
 Seconds = Annotated[int, BeforeValidator(_duration), Field(ge=0, le=10 * 365 * 86400)]
 Tokens = Annotated[int, BeforeValidator(_tokens), Field(ge=0, lt=2**128)]
 Small = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -100,7 +112,7 @@ class _Strict(BaseModel):
 
 
 class DataEntry(_Strict):
-    path: str
+    path: Place
     type: DataFormat | None = None
     """Found from the first row when left out."""
     split: Annotated[str, Field(max_length=64)] | None = None
@@ -138,12 +150,12 @@ class AccessEntry(_Strict):
 
 class Recipe(_Strict):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")]
-    base_model: str
+    base_model: Place
     datasets: Annotated[list[DataEntry], Field(min_length=1, max_length=64)]
     test_datasets: Annotated[list[HeldOutEntry], Field(max_length=1)] = []
     adapter: Literal["lora", "qlora"] = "lora"
     """`qlora` keeps the base in NF4."""
-    chat_template: str | None = None
+    chat_template: Place | None = None
     """A file: the Jinja text that is used in place of the base's own."""
     lora_r: Annotated[int, Field(ge=1, le=1024)] = 8
     lora_alpha: Small = 16
@@ -257,7 +269,8 @@ def parse_recipe(text: str, where: str, folder: Path) -> Recipe:
 
 
 def _absolute(text: str, folder: Path) -> str:
-    return text if "://" in text or text.startswith("azureml:") else str(folder / Path(text).expanduser())
+    address = "://" in text or text.lower().startswith(("azureml:", "/subscriptions/"))  # as `sources.address` has it
+    return text if address else str(folder / Path(text).expanduser())
 
 
 def _no_aliases(text: str) -> None:

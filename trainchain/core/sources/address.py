@@ -19,6 +19,7 @@ _SPECIAL = re.compile(r"refs/pr/\d+|refs/convert/\w+", re.ASCII)
 _REVISION = re.compile(rf"(?:{_SPECIAL.pattern}|[\w%][\w%.+-]*)(?=/|$)", re.ASCII)
 _REVISION_TEXT = re.compile(r"[\w][\w./+-]{0,199}", re.ASCII)
 _PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
+_PASSWORD = re.compile(r"(https?://)[^/@]+@|(?<=://)[^/@]*:[^/@]*@", re.IGNORECASE)
 _LONGEST_NAME = 96
 _PAGES = ("huggingface.co", "www.huggingface.co", "hf.co")
 _AZURE_PAGES = ("ml.azure.com", "ai.azure.com")
@@ -78,6 +79,10 @@ def parse(text: str, asked: Asked) -> Address:
     scheme, mark, rest = text.partition("://")
     scheme = scheme.lower()
     if text.lower().startswith(("azureml:", "/subscriptions/")):
+        if asked == "target":  # an adapter is pushed when it was paid for: too late to be told of a typo
+            from trainchain.core.sources.azureml_address import read
+
+            read(text, asked)
         return AzureAddress(text)
     if not mark:
         return _hub(text, text, asked) if asked == "target" else Local(text)
@@ -85,7 +90,9 @@ def parse(text: str, asked: Asked) -> Address:
         return _hub(text, rest, asked)
     if scheme in ("http", "https"):
         raise _page(text, rest, asked)
-    raise TrainChainError("source.unsupported", f"{text!r}: {scheme}:// is no kind of source.", hint=FORMS[asked])
+    raise TrainChainError(
+        "source.unsupported", f"{shown(text)!r}: {scheme}:// is no kind of source.", hint=FORMS[asked]
+    )
 
 
 def _hub(text: str, rest: str, asked: Asked) -> HubAddress:
@@ -96,8 +103,10 @@ def _hub(text: str, rest: str, asked: Asked) -> HubAddress:
         parts = parts[1:]
     elif parts[0] in ("spaces", "buckets", "kernels") and len(parts) > 1:
         raise _wrong(text, asked, f"names one of the Hub's {parts[0]}, which hold no models or data sets")
+    if ":" in parts[0]:
+        raise _wrong(text, asked, "has a password or a port in it, and names no host")
     if (kind == "data") != (asked == "data"):
-        raise _other_kind(text, "/".join(parts), asked)
+        raise _other_kind(text, "/".join(parts).split("?")[0], asked)
     # The revision stands behind the repository's name, which is one part (gpt2@main) or two (org/name@main).
     owner, at, tail = parts[0].partition("@")
     if at or len(parts) == 1:
@@ -106,7 +115,8 @@ def _hub(text: str, rest: str, asked: Asked) -> HubAddress:
         name, at, tail = parts[1].partition("@")
         names, tail = [owner, name], "/".join([tail, *parts[2:]])
     if not all(_PART.fullmatch(name) and "--" not in name and ".." not in name for name in names):
-        raise _wrong(text, asked, f"does not name a repository: {'/'.join(names)!r} is no name there")
+        name, query, _ = "/".join(names).partition("?")
+        raise _wrong(text, asked, f"does not name a repository: {name + query!r} is no name there")
     repo = "/".join(names)
     if len(repo) > _LONGEST_NAME or repo.endswith(".git"):
         raise _wrong(text, asked, f"does not name a repository: {repo!r} is too long, or ends in .git")
@@ -138,33 +148,40 @@ def _revision_and_path(text: str, asked: Asked, tail: str, named: bool) -> tuple
 def _other_kind(text: str, rest: str, asked: Asked) -> TrainChainError:
     if asked == "data":
         return TrainChainError(
-            "source.address", f"{text} is a model, and rows are asked for.", hint=f"A data set: hf://datasets/{rest}"
+            "source.address",
+            f"{shown(text)} is a model, and rows are asked for.",
+            hint=f"A data set: hf://datasets/{rest}",
         )
     wanted = "a model is asked for" if asked == "model" else "an adapter is pushed to a model"
-    return TrainChainError("source.address", f"{text} is a data set, and {wanted}.", hint=FORMS[asked])
+    return TrainChainError("source.address", f"{shown(text)} is a data set, and {wanted}.", hint=FORMS[asked])
 
 
 def _page(text: str, rest: str, asked: Asked) -> TrainChainError:
     """A web page that somebody pasted: say how the same place is written here."""
     host, _, path = rest.split("?")[0].split("#")[0].partition("/")
-    shown = text.split("?")[0]  # what follows may be a signature
+    host = host.rpartition("@")[2]
+    page = shown(text)
     if host.lower() in _AZURE_PAGES:
         return TrainChainError(
             "source.address",
-            f"{shown} is a page for people, not an address.",
+            f"{page} is a page for people, not an address.",
             hint="Copy the asset's `Asset ID` from that page: it begins with azureml://.",
         )
     if host.lower() not in _PAGES or not path.strip("/"):
-        return TrainChainError("source.unsupported", f"{shown!r} is not a kind of source.", hint=FORMS[asked])
+        return TrainChainError("source.unsupported", f"{page!r} is not a kind of source.", hint=FORMS[asked])
     parts = [part for part in path.split("/") if part]
     names = 3 if parts[0] in ("datasets", "models") else 2
     written = "hf://" + "/".join(parts[:names])
     if parts[names : names + 1] and parts[names] in ("tree", "blob", "resolve", "raw", "commit"):
         written += "".join(f"@{part}" for part in parts[names + 1 : names + 2])
         written += "".join(f"/{part}" for part in parts[names + 2 :])
-    return TrainChainError("source.address", f"{shown} is a page for people, not an address.", hint=f"Write {written}")
+    return TrainChainError("source.address", f"{page} is a page for people, not an address.", hint=f"Write {written}")
 
 
 def _wrong(text: str, asked: Asked, why: str) -> TrainChainError:
-    shown = text.split("?")[0][:300]  # what follows may be a signature
-    return TrainChainError("source.address", f"{shown!r} {why}.", hint=FORMS[asked])
+    return TrainChainError("source.address", f"{shown(text)!r} {why}.", hint=FORMS[asked])
+
+
+def shown(text: str) -> str:
+    """As much of what was written as may be repeated: no query, which may be a signature, and nobody's password."""
+    return _PASSWORD.sub(r"\g<1>***@", text.split("?")[0][:300])
