@@ -2,8 +2,8 @@
 
 import json
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,41 +109,42 @@ def test_what_cannot_be_folded_leaves_nothing_behind(
     assert codes() == "disk.full"
 
 
-@pytest.fixture
-def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No file of this process grows beyond 2000 bytes: as near to a full disk as a test comes without one."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+from trainchain.cli.main import run_command
+sys.exit(run_command(sys.argv[1:]))
+"""
+"""The command in a process no file of which grows beyond 2000 bytes: as near to a full disk as a test comes without
+one. Of the process alone: this one holds the hubs."""
 
 
 def test_a_disk_that_fills_is_told_of_and_leaves_nothing_half_written(
-    trained: Trained, tiny: Path, tmp_path: Path, full: None
+    trained: Trained, tiny: Path, tmp_path: Path
 ) -> None:
-    client, job = trained.client, trained.job.id
+    pytest.importorskip("resource")
     old = {"trainchain.json": b"{}", "adapter_model.safetensors": b"of an earlier round"}
     (tmp_path / "old").mkdir()
     for name, data in old.items():
         (tmp_path / "old" / name).write_bytes(data)
-    cache = Cache(tmp_path / "cache")
-
-    ways: list[Callable[[], object]] = [
-        lambda: delivery.fetch(client, job, tmp_path / "new"),
-        lambda: delivery.fetch(client, job, tmp_path / "old"),
-        lambda: folding.fetch_merged(client, cache, job, tmp_path / "model", note=lambda _: None, base=tiny),
-        trained.push,
+    ways = [
+        ["pull", trained.job.id, "-o", str(tmp_path / "new")],
+        ["pull", trained.job.id, "-o", str(tmp_path / "old")],
+        ["pull", trained.job.id, "--merged", "--base", str(tiny), "-o", str(tmp_path / "model")],
+        ["push", trained.job.id],
     ]
-    for way in ways:
-        with pytest.raises(TrainChainError) as caught:
-            way()
-        assert caught.value.code == "disk.full"
-        assert "TRAINCHAIN_CACHE" not in caught.value.hint, "it is another folder that is full"
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "old"]
+    for way in ways:
+        ends = ["--hub", trained.client.url, "--home", str(tmp_path / "home")]
+        command = [sys.executable, "-c", FULL, *way, *ends]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
+        assert (ended.returncode, ended.stdout) == (1, ""), ended.stderr
+        assert "disk.full" in ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert "TRAINCHAIN_CACHE" not in ended.stderr, "it is another folder that is full"
+
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "home") == ["old"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == old
 
 
