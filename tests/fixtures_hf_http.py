@@ -18,6 +18,8 @@ from tests.fixtures_hf import LARGE, Blob, Hub, Repo, Request
 
 _ID = r"(?P<id>[^/]+(?:/[^/]+)?)"
 _API = re.compile(rf"/api/(?P<kind>model|dataset)s/{_ID}(?:/(?P<verb>[a-z-]+)(?:/(?P<rev>[^/]+)(?:/(?P<path>.+))?)?)?")
+LICENSES = ("apache-2.0", "mit", "llama3.1", "other")
+"""Some of the identifiers that the Hub takes in a card."""
 _VERBS = ("revision", "tree", "paths-info", "preupload", "commit", "refs", "auth-check")
 _FILE = re.compile(rf"/(?P<kind>dataset)?s?/?{_ID}/resolve/(?P<rev>[^/]+)/(?P<path>.+)")
 _LFS = re.compile(rf"/(?P<kind>dataset)?s?/?{_ID}\.git/info/lfs/objects/batch")
@@ -81,6 +83,10 @@ class Handler(BaseHTTPRequestHandler):
                 {"type": "user", "name": self.user, "orgs": [], "auth": {"accessToken": {"role": "write"}}}
             )
         if path == "/api/validate-yaml":
+            named = re.search(r"^license: (.+)$", json.loads(self.body)["content"], re.MULTILINE)
+            if named and named[1] not in LICENSES:
+                wrong = {"message": '"license" must be one of ' + ", ".join(LICENSES)}
+                return self.json({"errors": [wrong], "warnings": []}, 400)
             return self.json({"errors": [], "warnings": []})
         if path == "/api/repos/create":
             return self.create(json.loads(self.body))

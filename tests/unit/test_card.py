@@ -85,6 +85,14 @@ def test_a_licence_is_in_the_front_matter_where_its_name_means_the_same_there(
     assert f"The base's: `{license_}`, as its source names it." in text
 
 
+def test_a_licence_of_the_base_s_own_is_named_as_the_hub_takes_it() -> None:
+    job = a_job(base_model=Base(source=HUB_BASE.source, license="other (qwen-research)", files=HUB_BASE.files))
+
+    said = front(card(job, told(job), CHAIN, 2))
+
+    assert (said["license"], said["license_name"]) == ("other", "qwen-research")
+
+
 def test_a_private_job_s_card_names_neither_base_nor_rows() -> None:
     job = a_private_job()
 

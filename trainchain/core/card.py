@@ -25,6 +25,7 @@ _REPO = r"[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?"
 _HUB_MODEL = re.compile(rf"hf://(?P<id>{_REPO})@(?P<commit>[0-9a-f]{{40}})", re.ASCII)
 _HUB_DATA = re.compile(rf"hf://datasets/(?P<id>{_REPO})@(?P<commit>[0-9a-f]{{40}})", re.ASCII)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}", re.ASCII)
+_OWN_LICENSE = re.compile(rf"other \(({_LICENSE.pattern})\)", re.ASCII)
 _FREE = frozenset({"apache-2.0", "mit"})
 """Identifiers that mean the same wherever a source names them; others only as Hugging Face's own."""
 
@@ -86,8 +87,7 @@ def front_matter(recipe: ResolvedRecipe, *, folded: str | None = None) -> str:
     if base is not None:
         found |= {"base_model": base.id, "base_model_relation": relation}
     found |= {"library_name": "transformers" if folded else "peft", "pipeline_tag": "text-generation"}
-    if (license_ := _known_license(recipe)) is not None:
-        found["license"] = license_
+    found |= _known_license(recipe)
     if data := _hub_data(recipe):
         found["datasets"] = data
     tags = [f"base_model:{relation}:{base.id}"] if base is not None else []
@@ -96,10 +96,13 @@ def front_matter(recipe: ResolvedRecipe, *, folded: str | None = None) -> str:
     return f"---\n{text}---\n"
 
 
-def _known_license(recipe: ResolvedRecipe) -> str | None:
+def _known_license(recipe: ResolvedRecipe) -> dict[str, str]:
+    """The base's licence as Hugging Face takes it, which refuses a card with an identifier that is not its own."""
     name = (recipe.base_model.license or "").strip()
-    on_hub = hub_base(recipe) is not None and _LICENSE.fullmatch(name)
-    return name if on_hub or name in _FREE else None
+    on_hub = hub_base(recipe) is not None
+    if on_hub and (own := _OWN_LICENSE.fullmatch(name)):
+        return {"license": "other", "license_name": own[1]}
+    return {"license": name} if name in _FREE or (on_hub and _LICENSE.fullmatch(name)) else {}
 
 
 def _hub_data(recipe: ResolvedRecipe) -> list[str]:

@@ -86,7 +86,7 @@ def test_a_licence_is_read_from_wherever_the_card_names_it(
     hub: Hub, source: HuggingFace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cards = {
-        "own": (b"license: other\nlicense_name: llama3.1", "llama3.1"),
+        "own": (b"license: other\nlicense_name: llama3.1", "other (llama3.1)"),
         "many": (b"license:\n- mit\n- apache-2.0", "mit, apache-2.0"),
         "none": (b"tags: []", None),
     }

@@ -305,6 +305,17 @@ def test_a_push_where_it_may_not_be_is_refused_without_a_trace(
     assert ("model", "me/out") not in hub.repos
 
 
+def test_what_the_hub_finds_wrong_with_a_card_is_said(
+    hub: Hub, source: HuggingFace, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.use(monkeypatch, "me")
+    (adapter / "README.md").write_text("---\nlicense: qwen-research\n---\n", encoding="utf-8")
+
+    error = refused("source.unsupported", source.push, adapter, TARGET, message="m", private=True)
+
+    assert '"license" must be one of' in error.message
+
+
 def test_an_answer_lost_on_the_way_does_not_commit_twice(
     hub: Hub, source: HuggingFace, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

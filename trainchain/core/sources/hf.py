@@ -202,6 +202,14 @@ class HuggingFace:
             steps: list[CommitOperationAdd | CommitOperationDelete] = [*adds, *map(CommitOperationDelete, stale)]
             try:
                 return api.create_commit(target.repo, steps, commit_message=message, parent_commit=parent)
+            except ValueError as error:  # how the client tells what the Hub finds wrong with a card
+                if not str(error).startswith("Invalid metadata"):
+                    raise
+                raise TrainChainError(
+                    "source.unsupported",
+                    f"{ask.host} does not take README.md: {ask.clean(str(error))}.",
+                    hint="Nothing was pushed. Please report this, with the licence that the base's page names.",
+                ) from None
             except XET_ERRORS as error:
                 if isinstance(error, HfHubHTTPError):
                     raise

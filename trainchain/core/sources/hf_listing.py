@@ -70,11 +70,11 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
 
 
 def license_of(info: Any) -> str | None:
-    """As the card names it; `other` by the name it gives."""
+    """As the card names it; one that is not among the Hub's own with the name that it gives: `other (name)`."""
     card = info.card_data.to_dict() if info.card_data is not None and hasattr(info.card_data, "to_dict") else {}
     found = card.get("license")
     if found == "other" and isinstance(card.get("license_name"), str):
-        found = card["license_name"]
+        found = f"other ({card['license_name']})"
     if isinstance(found, list):
         found = ", ".join(str(one) for one in found)
     if found is None:
