@@ -78,9 +78,8 @@ class Bench:
             check_receipt=wiring.receipt_checker(chain, told["hub"]),
             on_event=note,
             exchange=Exchange(*wiring.exchange_of(Settings(self.home, ""), self.person.wallet, chain), chain.chain_id),
-            cache=Cache(self.home / "cache", on_event=note),
             job=job,
-            **{"sleep": lambda _: None, **options},
+            **{"sleep": lambda _: None, "cache": Cache(self.home / "cache", on_event=note), **options},
         )
 
     def work(self, job: str, shards: int = 1, **options: Any) -> None:

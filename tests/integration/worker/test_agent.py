@@ -1,5 +1,6 @@
 """A worker and its child: what is handed in, what is given back, and what a shard goes on from."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tests.integration.worker.conftest import Bench
 from trainchain.core.hub import schema
 from trainchain.core.hub.service import LEASE_SECONDS
 from trainchain.core.models import MAX_ANSWER
+from trainchain.core.worker.cache import Cache
 from trainchain.core.worker.fleet import Quota, Stopped
 
 USUAL = 2 * 64
@@ -116,7 +118,7 @@ def test_what_the_child_refuses_is_told_and_given_back(
     assert [row["worker"] for row in town.rows(schema.contributions, job=job.id)] == [bench.person.address]
 
 
-@pytest.mark.parametrize("code", ["model.unreadable", "train.unsupported", "source.gated", "cache.full"])
+@pytest.mark.parametrize("code", ["model.unreadable", "source.gated", "cache.full", "key.invalid", "seal.broken"])
 def test_a_job_that_the_machine_cannot_do_is_left_alone_and_another_is_done(
     town: Town, bench: Bench, code: str
 ) -> None:
@@ -260,3 +262,36 @@ def test_files_are_hashed_when_a_job_opens_and_not_for_every_lease(town: Town, b
     bench.work(job.id)
     assert bench.told("damaged")[0]["digest"] == base
     assert len(bench.told("accepted")) == 3
+
+
+def test_a_cancelled_private_job_is_not_taken_from_under_another_worker_of_the_home(town: Town, bench: Bench) -> None:
+    job = town.publish_sealed(rounds=1, shards=1)
+    idle, told = Cache(bench.home / "cache"), []
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == "fetching" and not told:
+            job.owner.post(f"/v1/jobs/{job.id}/cancel").raise_for_status()
+            told.append(idle.forget(job.id))
+
+    bench.work(job.id, cache=Cache(bench.home / "cache", on_event=on_event))
+
+    assert (told, len(bench.told("accepted"))) == ([False], 1)
+    assert idle.private_jobs() == []
+
+
+def test_a_private_job_that_is_over_goes_though_there_is_always_work(tmp_path: Path) -> None:
+    with contextlib.closing(Town(tmp_path / "town")) as town, contextlib.closing(Bench(town, tmp_path)) as bench:
+        private = town.publish_sealed(rounds=1, shards=2)
+        here: list[list[str]] = []
+        cache = Cache(bench.home / "cache")
+
+        def on_event(event: dict[str, Any]) -> None:
+            if event["event"] == "accepted":
+                here.append(cache.private_jobs())
+                if event["job"] == private.id:
+                    private.owner.post(f"/v1/jobs/{private.id}/cancel").raise_for_status()
+                    town.publish(rounds=1, shards=2)
+
+        bench.worker(on_event=on_event, cache=cache).run(Quota(3))
+
+        assert here == [[private.id], [private.id], []]

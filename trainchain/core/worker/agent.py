@@ -96,6 +96,7 @@ class Worker:
                 lease, done = self._lease(), False
                 if lease is not None:
                     done = self._work(lease)
+                    self._forget_private(but=lease.job)
                 else:
                     self._forget_private()
                     if not waiting:
@@ -127,17 +128,21 @@ class Worker:
             self._bench.clear(job, before=int(view["round"]) if going_on else None)
         self._forget_private()
 
-    def _forget_private(self) -> None:
-        """Remove what lies here of private jobs that are over. One that has finished is still measured."""
+    def _forget_private(self, *, but: str | None = None) -> None:
+        """Remove what lies here of private jobs that are over, `but` the one at hand; another worker who uses the
+        same cache may be at one, and removes it later. One that has finished is still measured."""
         for job in self._cache.private_jobs():
+            if job == but:
+                continue
             try:
                 state = self._client.get(f"/v1/jobs/{job}").get("state")
             except TrainChainError:
                 continue  # the hub is away, or it is another hub's job
             if state not in (Job.UNFUNDED, Job.OPEN, Job.RUNNING, Job.FINISHED):
-                self._opened.close()
-                self._cache.forget(job)
-                self._tell("forgotten", job=job)
+                if but is None:
+                    self._opened.close()
+                if self._cache.forget(job):
+                    self._tell("forgotten", job=job)
 
     def _lease(self) -> Lease | None:
         body: dict[str, Any] = {"wait": POLL_SECONDS}

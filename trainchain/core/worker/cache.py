@@ -11,7 +11,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -110,14 +109,21 @@ class Cache:
         folder = self.room.folder / PRIVATE
         return sorted(path.name for path in folder.iterdir() if _JOB.fullmatch(path.name)) if folder.is_dir() else []
 
-    def forget(self, job_id: str) -> None:
-        """Remove all that lies here of a private job, in use or not."""
+    def forget(self, job_id: str) -> bool:
+        """Remove all that lies here of a private job, unless another user of the folder is at it; whether it went."""
         folder = self.private(job_id).folder
-        self.room.let_go(of=f"{PRIVATE}/{job_id}/")
-        with suppress(OSError):  # out of sight in one move; another process may be at it, or have a file open
-            folder.rename(folder.with_name(f".{job_id}.{os.urandom(4).hex()}"))
-        for left in (folder, *folder.parent.glob(".0x*")):
+
+        def remove() -> None:
+            try:  # out of sight in one move
+                folder.rename(folder.with_name(f".{job_id}.{os.urandom(4).hex()}"))
+            except OSError:  # on Windows, where a file in it is open
+                delete(folder)
+
+        if not self.room.leave(f"{PRIVATE}/{job_id}/", remove):
+            return False
+        for left in folder.parent.glob(".0x*"):
             delete(left)
+        return True
 
     def hold(self, slot: str, digests: Mapping[str, int], *, models: Mapping[str, int] | None = None) -> None:
         """Use these objects (with their sizes) and model folders, instead of what the slot held; make room for them.

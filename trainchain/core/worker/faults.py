@@ -7,7 +7,9 @@ UNABLE = frozenset(
     {
         "access.denied",
         "cache.full",
+        "key.invalid",
         "model.unreadable",
+        "seal.broken",
         "source.forbidden",
         "source.gated",
         "source.incomplete",

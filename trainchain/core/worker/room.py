@@ -112,6 +112,15 @@ class Room:
                     self._slots[slot] = rest
             self._write()
 
+    def leave(self, of: str, remove: Callable[[], None]) -> bool:
+        """End the use of keys that begin with `of`, and `remove` them unless somebody else uses one; whether it did."""
+        self.let_go(of=of)
+        with self._locked():
+            free = not any(key.startswith(of) for key in self._used_by_others())
+            if free:
+                remove()
+        return free
+
     def entries(self) -> list[Entry]:
         """What the folder holds, the least recently used first."""
         with self._locked():

@@ -13,6 +13,8 @@ from trainchain.core.settings import private_folder
 
 MEMORY = Path("/dev/shm")
 """Where Linux keeps files in memory."""
+_MADE: set[str] = set()
+"""The folders of this process: in a container the one before it most often had the same number."""
 
 
 class Volatile:
@@ -34,12 +36,15 @@ class Volatile:
             and shutil.disk_usage(self._memory).free > 2 * size
         )
         root = self._memory if roomy else private_folder(self._disk)
-        return Path(tempfile.mkdtemp(prefix=f"{self._prefix}{os.getpid()}-", dir=root))
+        made = Path(tempfile.mkdtemp(prefix=f"{self._prefix}{os.getpid()}-", dir=root))
+        _MADE.add(made.name)
+        return made
 
     def _sweep(self, root: Path) -> None:
         for path in root.glob(f"{self._prefix}*") if root.is_dir() else ():
             pid = path.name.removeprefix(self._prefix).partition("-")[0]
-            if not (pid.isdigit() and lives(int(pid))):
+            mine = pid == str(os.getpid())
+            if path.name not in _MADE if mine else not (pid.isdigit() and lives(int(pid))):
                 shutil.rmtree(path, ignore_errors=True)
 
 
