@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from trainchain.cli import wiring
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from trainchain.chain.escrow import ChainClient
     from trainchain.chain.wallet import Wallet
     from trainchain.cli.plan import Plan
+    from trainchain.cli.sealing import Holder
     from trainchain.core.client import HubClient
     from trainchain.core.settings import Settings
 
@@ -32,12 +34,46 @@ def publish(
     leaves this machine.
     """
     from trainchain.cli import sealing
-    from trainchain.core.settings import write_private
 
     client, wallet = wiring.signed_client(settings, out)
     chain = wiring.chain_of(client)
     holder = sealing.key_holder(plan, client, chain, settings, own_hub) if plan.keys else None
     confirm(plan.resolved.pay.budget)
+    with _alone(settings, out):
+        return _publish(plan, settings, out, client, chain, wallet, holder)
+
+
+@contextmanager
+def _alone(settings: Settings, out: Output) -> Iterator[None]:
+    """One `submit` of this home at a time: two of one recipe would write the same files, and share a salt."""
+    from filelock import FileLock, Timeout
+
+    from trainchain.core.settings import private_folder
+
+    lock = FileLock(private_folder(settings.home / "submissions") / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        out.note("waiting  another submit from this home goes first")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _publish(
+    plan: Plan,
+    settings: Settings,
+    out: Output,
+    client: HubClient,
+    chain: ChainClient,
+    wallet: Wallet,
+    holder: Holder | None,
+) -> dict[str, Any]:
+    from trainchain.cli import sealing
+    from trainchain.core.settings import write_private
+
     plan = sealing.sealed(plan, settings, out) if plan.keys else plan
     recipe = plan.resolved
 
