@@ -77,6 +77,19 @@ def test_an_address_is_read_as_it_is_meant(text: str, asked: str, meant: object)
         ("https://huggingface.co/org/name", "model", "source.address", "Write hf://org/name"),
         ("https://huggingface.co/org/name/tree/v2/sub?x=1", "model", "source.address", "Write hf://org/name@v2/sub"),
         ("https://huggingface.co/datasets/org/name", "data", "source.address", "Write hf://datasets/org/name"),
+        ("https://huggingface.co/gpt2/tree/main", "model", "source.address", "Write hf://gpt2@main"),
+        ("https://huggingface.co/a/b/tree/main/my%20sub", "model", "source.address", "Write hf://a/b@main/my sub"),
+        ("https://huggingface.co/a/b/tree/refs%2Fpr%2F1", "model", "source.address", "Write hf://a/b@refs%2Fpr%2F1"),
+        ("https://huggingface.co/a/b/blob/main/x/model.safetensors", "model", "source.address", "a/b@main/x"),
+        ("https://huggingface.co/a/b/blob/main/config.json", "model", "source.address", "Write hf://a/b@main"),
+        ("https://huggingface.co/datasets/a/b/blob/v1/my%20rows.jsonl", "data", "source.address", "b@v1/my rows.jsonl"),
+        ("https://huggingface.co/datasets/a/b", "model", "source.address", "a model is asked for"),
+        ("https://huggingface.co/a/b", "data", "source.address", "hf://datasets/a/b"),
+        ("https://huggingface.co/me/name/tree/main", "target", "source.address", "Write hf://me/name"),
+        ("https://huggingface.co/spaces/a/b", "model", "source.address", "spaces"),
+        ("hf://huggingface.co/org/name", "model", "source.address", "Write hf://org/name"),
+        ("huggingface.co/me/name", "target", "source.address", "Write hf://me/name"),
+        ("hf://org/name@main/model.safetensors", "model", "source.address", "whole folder"),
         ("https://ml.azure.com/models/x", "model", "source.address", "azureml://"),
         ("https://example.org/model", "model", "source.unsupported", "hf://"),
         ("s3://bucket/key", "data", "source.unsupported", "s3://"),
@@ -110,6 +123,19 @@ def test_a_signature_or_a_password_in_a_pasted_link_is_not_repeated(text: str, a
         parse(text, asked)  # type: ignore[arg-type]
 
     assert "hf_secret" not in failed.value.message + failed.value.hint
+
+
+@pytest.mark.parametrize("asked", ["model", "data", "target"])
+@given(
+    st.lists(st.sampled_from(["datasets", "models", "spaces", "a", "b%20c", "tree", "blob", "main", "..", "%2E%2E"]))
+)
+def test_what_a_link_is_said_to_be_written_as_can_be_written_so(asked: str, parts: list[str]) -> None:
+    with pytest.raises(TrainChainError) as failed:
+        parse("https://huggingface.co/" + "/".join(parts), asked)  # type: ignore[arg-type]
+
+    _, said, written = (failed.value.hint or "").partition("Write hf://")
+    if said and " is a page for people" in failed.value.message:
+        assert isinstance(parse(f"hf://{written}", asked), HubAddress)  # type: ignore[arg-type]
 
 
 def test_a_link_with_a_password_still_leads_to_its_address() -> None:

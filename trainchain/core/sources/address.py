@@ -22,6 +22,8 @@ _PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _PASSWORD = re.compile(r"(https?://)[^/@]+@|(?<=://)[^/@]*:[^/@]*@", re.IGNORECASE)
 _LONGEST_NAME = 96
 _PAGES = ("huggingface.co", "www.huggingface.co", "hf.co")
+_WEIGHTS = (".safetensors", ".bin", ".gguf", "config.json")
+_VIEWS = ("tree", "blob", "resolve", "raw", "commit")
 _AZURE_PAGES = ("ml.azure.com", "ai.azure.com")
 
 
@@ -98,6 +100,8 @@ def parse(text: str, asked: Asked) -> Address:
 def _hub(text: str, rest: str, asked: Asked) -> HubAddress:
     kind: Literal["model", "data"] = "model"
     parts = rest.split("/")
+    if parts[0].lower() in _PAGES:
+        raise _page(text, rest, asked)
     if parts[0] in ("models", "datasets") and len(parts) > 1:
         kind = "data" if parts[0] == "datasets" else "model"
         parts = parts[1:]
@@ -142,6 +146,8 @@ def _revision_and_path(text: str, asked: Asked, tail: str, named: bool) -> tuple
         raise _wrong(text, asked, f"has no plain path in it: {path!r}")
     if asked == "model" and any(mark in path for mark in "*?["):
         raise _wrong(text, asked, "has a pattern; a model is a whole folder")
+    if asked == "model" and path.lower().endswith(_WEIGHTS):
+        raise _wrong(text, asked, f"names the file {path!r}; a model is a whole folder")
     return revision, path
 
 
@@ -157,7 +163,7 @@ def _other_kind(text: str, rest: str, asked: Asked) -> TrainChainError:
 
 
 def _page(text: str, rest: str, asked: Asked) -> TrainChainError:
-    """A web page that somebody pasted: say how the same place is written here."""
+    """A web page that somebody pasted: how the same place is written here, or why it is not what is asked for."""
     host, _, path = rest.split("?")[0].split("#")[0].partition("/")
     host = host.rpartition("@")[2]
     page = shown(text)
@@ -170,11 +176,16 @@ def _page(text: str, rest: str, asked: Asked) -> TrainChainError:
     if host.lower() not in _PAGES or not path.strip("/"):
         return TrainChainError("source.unsupported", f"{page!r} is not a kind of source.", hint=FORMS[asked])
     parts = [part for part in path.split("/") if part]
-    names = 3 if parts[0] in ("datasets", "models") else 2
+    names = 3 if parts[0] in ("datasets", "models", "spaces") else 2
+    if parts[names - 1 : names] and parts[names - 1] in _VIEWS:  # gpt2/tree/main
+        names -= 1
     written = "hf://" + "/".join(parts[:names])
-    if parts[names : names + 1] and parts[names] in ("tree", "blob", "resolve", "raw", "commit"):
-        written += "".join(f"@{part}" for part in parts[names + 1 : names + 2])
-        written += "".join(f"/{part}" for part in parts[names + 2 :])
+    view, *inside = parts[names:] or [""]
+    if view in _VIEWS and asked != "target":
+        of_file = asked == "model" and view != "tree"
+        written += "".join(f"@{part}" for part in inside[:1])
+        written += "".join(f"/{unquote(part)}" for part in (inside[1:-1] if of_file else inside[1:]))
+    parse(written, asked)
     return TrainChainError("source.address", f"{page} is a page for people, not an address.", hint=f"Write {written}")
 
 
