@@ -18,6 +18,7 @@ from trainchain.core.models import Address, DataFormat
 
 MAX_BYTES = 1 << 20
 MAX_STEPS = 100_000
+_ADDRESS = re.compile(r"^0x[0-9a-fA-F]{40}$")
 """In a shard; a hub sums the learning rate over them."""
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -89,6 +90,17 @@ def _tokens(value: object) -> object:
         raise ValueError(error.message.rstrip(".")) from None
 
 
+def _who(value: object) -> object:
+    if value in ("anyone", "owner"):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ValueError("should be anyone, owner, or a list of wallets' addresses")
+    for entry in value:
+        if not isinstance(entry, str) or not _ADDRESS.fullmatch(entry):
+            raise ValueError(f"{str(entry)[:60]!r} is no wallet's address, which has 0x and 40 hex digits")
+    return value
+
+
 def _place(text: str) -> str:
     """A path or an address that this machine can look for."""
     if "\0" in text:
@@ -138,7 +150,10 @@ class PayEntry(_Strict):
 
 
 class AccessEntry(_Strict):
-    workers: Literal["anyone", "owner"] | Annotated[list[Address], Field(min_length=1, max_length=10_000)] = "anyone"
+    workers: Annotated[
+        Literal["anyone", "owner"] | Annotated[list[Address], Field(min_length=1, max_length=10_000)],
+        BeforeValidator(_who),
+    ] = "anyone"
     keys: Literal["owner", "hub"] | None = None
     """Who keeps the keys of the sealed data: a hub of the owner's own, or the hub that the job is published at. Left
     out: owner where not anyone may work, else nothing is sealed."""
@@ -205,7 +220,7 @@ class Recipe(_Strict):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as people mean it: `1e-4` is a number, and a key given twice is a mistake."""
+    """YAML 1.1 as people mean it: `1e-4` is a number, an address is none, and a key given twice is a mistake."""
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -214,6 +229,8 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
+# Before the integers: the first that fits is taken.
+_Loader.yaml_implicit_resolvers["0"].insert(0, ("tag:yaml.org,2002:str", _ADDRESS))
 
 
 def load_recipe(path: Path) -> Recipe:
