@@ -249,13 +249,18 @@ def _ref(name: str, digest: str, size: int, path: str | None) -> FileRef:
 
 
 def _license_of(folder: Path) -> str | None:
-    """The licence that the folder's own model card names."""
+    """The licence that the front matter of the folder's own model card names."""
+    import yaml
+
+    from trainchain.core.sources.hf_listing import license_in
+
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")[:20_000]
-    except (OSError, ValueError):
+        found = re.match(r"---\n(.*?)^---[ \t]*$", text, re.DOTALL | re.MULTILINE)
+        card = yaml.safe_load(found[1]) if found else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
-    found = re.search(r"\A---\n(?:.*\n)*?license:[ \t]*([A-Za-z0-9][A-Za-z0-9._+-]{0,99})[ \t]*\n", text)
-    return found[1] if found else None
+    return license_in(card) if isinstance(card, dict) else None
 
 
 def _link(source: Path, target: Path) -> None:

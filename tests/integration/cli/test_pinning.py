@@ -1,6 +1,7 @@
 """What the owner writes is what is pinned: every key of the recipe reaches the resolved one."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,26 @@ def test_a_budget_below_the_price_is_refused_with_the_price(tmp_path: Path) -> N
         plan(tmp_path, pay={"per_million_tokens": "1000", "budget": "1"})
 
     assert (refused.value.code, refused.value.exit_code) == ("money.budget_too_small", 6)
+
+
+@pytest.mark.parametrize(
+    ("card", "named"),
+    [
+        ("---\nlicense: mit\n---\n# Bot\n", "mit"),
+        ('---\nlanguage: [en]\nlicense: "apache-2.0"\n---\n', "apache-2.0"),
+        ("---\nlicense: other\nlicense_name: our-own\n---\n", "other (our-own)"),
+        ("---\nlanguage: en\n---\n# Compared with\nlicense: gpl-3.0\n", None),
+        ("---\nlicense: [\n---\n", None),
+        ("---\n- license\n---\n", None),
+        ("# Bot\nlicense: gpl-3.0\n", None),
+    ],
+)
+def test_a_folder_s_licence_is_what_the_head_of_its_card_names(tmp_path: Path, card: str, named: str | None) -> None:
+    """Not a word of its text: the licence stands in the card of the adapter, as a fact."""
+    base = tmp_path / "base"
+    shutil.copytree(QUICKSTART / "base", base)
+    (base / "README.md").write_text(card, encoding="utf-8")
+
+    _, manifest = Bringer(lambda: pytest.fail("nothing here has to be fetched"), print).model(str(base), weights=True)
+
+    assert manifest.license == named

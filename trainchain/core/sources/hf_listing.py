@@ -1,5 +1,6 @@
 """What the Hub's listings and cards say, read without asking it anything more."""
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -70,15 +71,19 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
 
 
 def license_of(info: Any) -> str | None:
-    """As the card names it; one that is not among the Hub's own with the name that it gives: `other (name)`."""
+    """As the repository's card names it, else as its tags do."""
     card = info.card_data.to_dict() if info.card_data is not None and hasattr(info.card_data, "to_dict") else {}
+    tags = [tag for tag in info.tags or [] if isinstance(tag, str) and tag.startswith("license:")]
+    return license_in(card) or license_in({"license": tags[0].partition(":")[2] if tags else None})
+
+
+def license_in(card: Mapping[str, Any]) -> str | None:
+    """As the front matter of a card names it; one that is not among the Hub's own with the name that it gives:
+    `other (name)`."""
     found = card.get("license")
     if found == "other" and isinstance(card.get("license_name"), str):
         found = f"other ({card['license_name']})"
     if isinstance(found, list):
         found = ", ".join(str(one) for one in found)
-    if found is None:
-        tags = [tag for tag in info.tags or [] if isinstance(tag, str) and tag.startswith("license:")]
-        found = tags[0].partition(":")[2] if tags else None
     text = "".join(mark for mark in str(found or "") if mark.isprintable())[:100]
     return text or None
