@@ -113,15 +113,18 @@ def prepare(
     folder: Path, model: Path, data: Path, size: Size, training: Mapping[str, Any], held_out: Path | None = None
 ) -> Job:
     """Resolve the job as an owner's machine does, then set the fields of `training` in what was resolved."""
+    from trainchain.cli.bring import Bringer
     from trainchain.cli.plan import resolve
     from trainchain.core.digests import canonical_json
     from trainchain.core.models import Training
     from trainchain.core.train.data import data_order, load_documents
     from trainchain.core.train.model import load_tokenizer
+    from trainchain.core.worker.cache import Cache
 
     folder.mkdir(parents=True)
     job = Job(folder)
-    plan = resolve(_recipe_file(folder, model, data, size, int(training.get("seed", 0))))
+    bringer = Bringer(lambda: Cache(folder / "cache"), note=lambda _: None)
+    plan = resolve(_recipe_file(folder, model, data, size, int(training.get("seed", 0))), bringer)
     fields = plan.resolved.training.model_dump() | dict(training)
     recipe = plan.resolved.model_copy(update={"training": Training(**fields)})
     job.recipe.write_bytes(canonical_json(recipe.model_dump(mode="json")))
