@@ -7,6 +7,7 @@ Everything heavy is imported inside the functions.
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
@@ -196,4 +197,6 @@ def job_id_of(client: HubClient, settings: Settings, name: str) -> str:
         if not last.exists():
             raise TrainChainError("job.unknown", "No job was submitted from this home yet.", hint="trainchain jobs ls")
         name = last.read_text(encoding="utf-8").strip()
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):  # in an address it would name another place
+        raise TrainChainError("job.unknown", f"No job can be called {name[:80]!r}.", hint="trainchain jobs ls")
     return str(client.get(f"/v1/jobs/{name}")["job"])

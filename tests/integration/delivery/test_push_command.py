@@ -75,6 +75,10 @@ def test_push_answers_with_one_document(typed: Typed, job: Job, hub: Hub) -> Non
         (("push", "bot"), "usage.flag", 2),
         (("push", "bot", "hf://me"), "source.address", 2),
         (("push", "nobody", "me/x"), "job.unknown", 1),
+        (("push", "", "me/x"), "job.unknown", 1),
+        (("push", ".", "me/x"), "job.unknown", 1),
+        (("pull", "bot/contributions"), "job.unknown", 1),
+        (("pull", "bot\x1b[2J"), "job.unknown", 1),
         (("push", "bot", "me/x", "--round", "2"), "job.not_ready", 8),
         (("push", "bot", "you/x"), "source.forbidden", 1),
         (("pull", "bot", "--base", "."), "usage.flag", 2),
@@ -91,6 +95,7 @@ def test_what_cannot_be_done_ends_with_its_code(
 
     assert found["error"]["code"] == code
     assert found["error"]["hint"]
+    assert found["error"]["message"].isprintable()
     assert {path.name for path in tmp_path.iterdir()} <= {"home"}
     assert not any(repo == "me/x" for _, repo in hub.repos)
 
