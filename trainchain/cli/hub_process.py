@@ -83,7 +83,8 @@ def serve(
     )
     shown = chain_url if chain_url.startswith("embedded:") else mask(chain_url)
     document = {"event": "ready", "url": url, "escrow": chain.escrow, "chain_id": chain.chain_id, "hub": chain.address}
-    out.event(document, f"hub      {url}\nchain    {shown}  id {chain.chain_id}  escrow {short(chain.escrow)}")
+    place = f"chain    {shown}  id {chain.chain_id}  escrow {short(chain.escrow)}"
+    out.event(document, f"hub      {url}  wallet {chain.address}\n{place}")
     if not out.json_mode:
         out.result(url, document)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -37,6 +38,12 @@ def key_holder(plan: Plan, client: HubClient, chain: ChainClient, settings: Sett
     `access.not_your_hub` where the recipe wants a hub of the owner's own and nothing says that this is one."""
     from trainchain.chain import eip712
 
+    if own_hub is not None and not re.fullmatch("0x[0-9a-fA-F]{40}", own_hub):
+        raise TrainChainError(
+            "usage.flag",
+            f"--own-hub is {own_hub[:60]!r}, which is no wallet's address.",
+            hint="Write the address that serve-hub prints when it starts: 0x and 40 hex digits.",
+        )
     told = client.info()
     hub, exchange = str(told["chain"]["hub"]), told.get("exchange")
     exchange = exchange if isinstance(exchange, dict) else {}
@@ -53,6 +60,12 @@ def key_holder(plan: Plan, client: HubClient, chain: ChainClient, settings: Sett
         own_hub and own_hub.lower(),
         wiring.address_in(settings.home / "hub-wallet.json"),
     }:
+        if own_hub is not None:
+            raise TrainChainError(
+                "access.not_your_hub",
+                f"The hub at {client.url} is {hub}, not {own_hub}, which --own-hub says is yours.",
+                hint="Check --hub and --own-hub: the keys would go to another hub.",
+            )
         raise TrainChainError(
             "access.not_your_hub",
             f"The recipe has `access: {{keys: owner}}`, and nothing here says that the hub {hub} is yours.",

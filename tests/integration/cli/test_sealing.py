@@ -1,0 +1,166 @@
+"""Whom an owner gives the keys of a private job, and what is asked of a hub before it gets anything."""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures_hub import Person, Town, new_wallet, seal_files, sealed_recipe
+from trainchain.cli import wiring
+from trainchain.cli.bring import Bringer
+from trainchain.cli.plan import Plan
+from trainchain.cli.sealing import Holder, key_holder
+from trainchain.core import seal
+from trainchain.core.errors import TrainChainError
+
+Told = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
+    made = Town(tmp_path_factory.mktemp("town"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def owner(town: Town) -> Person:
+    return town.person()
+
+
+def plan(keys: Any = "owner") -> Plan:
+    recipe = sealed_recipe(seal_files(rounds=1, shards=1, held_out=False, base=True))
+    bringer = Bringer(lambda: pytest.fail("nothing here has to be fetched"), print)
+    return Plan(recipe, keys, Path(), {}, b"", 0, 0, [], [], recipe.spec_hash, None, bringer)
+
+
+def asked(
+    owner: Person, home: Path, own_hub: str | None, lie: Callable[[Told], object] = lambda told: None, **changes: Any
+) -> Holder:
+    """Who is given the keys, where the hub tells a lie of itself."""
+    client = owner.client()
+    chain = wiring.chain_of(client)
+    lie(client.info())
+    try:
+        return key_holder(plan(**changes), client, chain, owner.settings(home), own_hub)
+    finally:
+        chain.close()
+        client.close()
+
+
+def test_a_hub_that_the_owner_names_is_given_the_keys(town: Town, owner: Person, tmp_path: Path) -> None:
+    wanted = Holder(town.keys.address, town.hub.exchange.public)
+
+    assert asked(owner, tmp_path, town.keys.address.lower()) == wanted
+    assert asked(owner, tmp_path, None, keys="hub") == wanted
+
+
+def test_a_hub_that_nobody_names_is_given_none(town: Town, owner: Person, tmp_path: Path) -> None:
+    with pytest.raises(TrainChainError) as caught:
+        asked(owner, tmp_path, None)
+
+    assert caught.value.code == "access.not_your_hub"
+    assert f"--own-hub {town.keys.address}" in caught.value.hint
+
+
+def test_another_hub_than_the_one_named_is_told_as_that(town: Town, owner: Person, tmp_path: Path) -> None:
+    with pytest.raises(TrainChainError) as caught:
+        asked(owner, tmp_path, owner.address)
+
+    assert caught.value.code == "access.not_your_hub"
+    assert owner.address in caught.value.message
+    assert f"--own-hub {town.keys.address}" not in caught.value.hint
+
+
+@pytest.mark.parametrize("given", ["", "0x123", "mine", "0x" + "g" * 40])
+def test_what_is_no_address_of_a_hub_is_a_usage_error(owner: Person, tmp_path: Path, given: str) -> None:
+    with pytest.raises(TrainChainError) as caught:
+        asked(owner, tmp_path, given)
+
+    assert caught.value.code == "usage.flag"
+
+
+OTHER = seal.ExchangeKey(bytes(range(32))).public
+STRANGER = new_wallet()
+LIES: dict[str, Callable[[Told], object]] = {
+    "another's key": lambda told: told["exchange"].update(public_key=OTHER),
+    "no key": lambda told: told.pop("exchange"),
+    "a word for a key": lambda told: told["exchange"].update(public_key="zz"),
+    "a list for a key": lambda told: told["exchange"].update(public_key=[1]),
+    "a list": lambda told: told.update(exchange=[1]),
+    "a short signature": lambda told: told["exchange"].update(signature="0x12"),
+    "a word for a signature": lambda told: told["exchange"].update(signature="zz"),
+    "a number for a signature": lambda told: told["exchange"].update(signature=7),
+    "another's wallet": lambda told: told["chain"].update(hub=STRANGER.address),
+    "a word for a wallet": lambda told: told["chain"].update(hub="zz"),
+    "a number for a wallet": lambda told: told["chain"].update(hub=7),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("keys", ["owner", "hub"])
+def test_a_hub_without_a_key_that_its_wallet_signed_is_given_none(
+    town: Town, owner: Person, tmp_path: Path, lie: str, keys: str
+) -> None:
+    with pytest.raises(TrainChainError) as caught:
+        asked(owner, tmp_path, town.keys.address, LIES[lie], keys=keys)
+
+    assert caught.value.code == "key.invalid"
+
+
+def test_a_signature_of_another_chain_does_not_count(town: Town, owner: Person, tmp_path: Path) -> None:
+    """A hub's word for its exchange key is bound to chain and escrow."""
+    from trainchain.chain import eip712
+
+    def lie(told: Told) -> None:
+        domain = eip712.Domain(town.chain.chain_id + 1, town.chain.escrow)
+        message = {"account": town.keys.address, "publicKey": "0x" + OTHER}
+        told["exchange"] = {"public_key": OTHER, "signature": eip712.sign(domain, "ExchangeKey", message, town.keys)}
+
+    with pytest.raises(TrainChainError) as caught:
+        asked(owner, tmp_path, town.keys.address, lie)
+
+    assert caught.value.code == "key.invalid"
+
+
+@pytest.mark.parametrize("plain", [b"rows", "file"])
+def test_a_sealed_file_is_of_its_user_alone(tmp_path: Path, plain: bytes | str) -> None:
+    source = tmp_path / "plain"
+    source.write_bytes(b"rows")
+
+    seal.seal(plain if isinstance(plain, bytes) else source, tmp_path / "sealed", seal.new_identity())
+
+    assert (tmp_path / "sealed").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_plan_shows_no_key() -> None:
+    shown = repr(dataclasses.replace(plan(), identities={"of": "AGE-SECRET-KEY-1"}))
+
+    assert "AGE-SECRET" not in shown
+
+
+def test_a_hub_prints_the_address_that_own_hub_wants(tmp_path: Path) -> None:
+    home = str(tmp_path / "home")
+    command = [
+        sys.executable,
+        "-m",
+        "trainchain",
+        "serve-hub",
+        "--home",
+        home,
+        "--listen",
+        "127.0.0.1:0",
+        "--no-evaluate",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as hub:
+        assert hub.stdout is not None
+        assert hub.stderr is not None
+        hub.stdout.readline()  # once this is there, so is the rest
+        hub.terminate()
+        told = hub.stderr.read()
+
+    assert str(wiring.address_in(tmp_path / "home" / "hub-wallet.json")) in told.lower()
