@@ -1,7 +1,7 @@
 """Sealing: a file is encrypted once with age; its key is wrapped with HPKE for whoever may open it.
 
 age (age-encryption.org/v1) carries bytes of any size; HPKE (RFC 9180: X25519, HKDF-SHA256, ChaCha20-Poly1305) carries
-the file's identity, bound to what it is for. No key in clear leaves a process or touches a disk.
+the file's identity, bound to what it is for.
 """
 
 import base64
@@ -116,10 +116,11 @@ def new_identity() -> str:
 
 
 def seal(source: Path | bytes, target: Path, identity: str) -> None:
-    """Encrypt a file (streamed) or some bytes into `target`, whole or not at all."""
+    """Encrypt a file (streamed) or some bytes into `target`, of mode 0600, whole or not at all."""
     recipient = _identity(identity).to_public()
     draft = target.with_name(f".{target.name}.{os.urandom(4).hex()}")
     try:
+        draft.touch(0o600)
         if isinstance(source, bytes):
             draft.write_bytes(pyrage.encrypt(source, [recipient]))
         else:
