@@ -93,6 +93,16 @@ def test_a_licence_of_the_base_s_own_is_named_as_the_hub_takes_it() -> None:
     assert (said["license"], said["license_name"]) == ("other", "qwen-research")
 
 
+def test_a_folded_model_s_card_counts_on_no_file_that_is_not_beside_it() -> None:
+    job = a_job()
+
+    adapter, folded = card(job, told(job), CHAIN, 2), card(job, told(job), CHAIN, 2, folded="bf16")
+
+    assert "Both are in `trainchain/contributions.json` beside the adapter." in adapter
+    assert "contributions.json" not in folded
+    assert "Both stand in the evidence that `trainchain push` puts beside the adapter." in folded
+
+
 def test_a_private_job_s_card_names_neither_base_nor_rows() -> None:
     job = a_private_job()
 

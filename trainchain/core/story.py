@@ -14,8 +14,7 @@ VERIFY = "python -c \"from trainchain.cli.delivery import verify; print(verify('
 
 CHECKS = (
     "**Signed.** Every contribution is signed by its worker's wallet: job, round, shard, lease, start adapter, delta, "
-    "and the Merkle root of the states it went through. The hub answered with a signed receipt. Both are in "
-    "`trainchain/contributions.json` beside the adapter.",
+    "and the Merkle root of the states it went through. The hub answered with a signed receipt.",
     "**Cheap checks of every delta, before it was accepted.** Size, safetensors format, the names, shapes and dtype of "
     "its tensors, no NaN or infinity, no element further from the start than the optimizer can move it in one shard, "
     "the bytes that were signed, and none twice in the job.",
@@ -77,9 +76,13 @@ def workers(recipe: ResolvedRecipe, history: History, round_: int) -> Iterator[s
     yield table(("Wallet", "Shards accepted", "Tokens"), rows)
 
 
-def checks() -> Iterator[str]:
+def checks(*, evidence: bool) -> Iterator[str]:
+    """`evidence` is whether the audit bundle lies beside the card."""
+    here = "Both are in `trainchain/contributions.json` beside the adapter."
+    there = "Both stand in the evidence that `trainchain push` puts beside the adapter."
+    signed, *others = CHECKS
     yield "## How it was checked"
-    yield bullets(CHECKS)
+    yield bullets([f"{signed} {here if evidence else there}", *others])
 
 
 def pay(recipe: ResolvedRecipe, history: History, chain: Chain, round_: int) -> Iterator[str]:
