@@ -129,6 +129,7 @@ def fetch(client: HubClient, job_id: str, target: Path | None, *, round_: int | 
 @contextlib.contextmanager
 def _put_into(target: Path) -> Iterator[Path]:
     """A folder whose files are moved into `target` once all of them are there; after a failure nothing is left."""
+    from trainchain.core.adapter import TEMPLATE_FILE
     from trainchain.core.worker.room import full_disk
 
     fresh = not target.exists()
@@ -139,6 +140,8 @@ def _put_into(target: Path) -> Iterator[Path]:
         making = Path(tempfile.mkdtemp(prefix=PULLING, dir=target))
         try:
             yield making
+            if not (making / TEMPLATE_FILE).exists():  # an adapter that lay here may have had one
+                (target / TEMPLATE_FILE).unlink(missing_ok=True)
             for path in making.iterdir():
                 path.replace(target / path.name)
         finally:

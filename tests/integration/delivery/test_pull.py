@@ -87,6 +87,18 @@ def test_a_fetched_adapter_names_its_base_and_commit(trained: Trained, hub: Hub,
     assert all(np.array_equal(found[name], trained.adapter[name]) for name in trained.adapter)
 
 
+def test_an_adapter_pulled_over_another_keeps_nothing_of_it(trained: Trained, tmp_path: Path) -> None:
+    delivery.fetch(trained.client, trained.job.id, tmp_path / "one")
+    delivery.fetch(trained.client, trained.job.id, tmp_path / "two")
+    (tmp_path / "two" / "chat_template.jinja").write_text("of a job that brought one", encoding="utf-8")
+    (tmp_path / "two" / "notes.txt").write_text("mine", encoding="utf-8")
+
+    delivery.fetch(trained.client, trained.job.id, tmp_path / "two", round_=1)
+
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == names | {"notes.txt"}
+
+
 def test_what_cannot_be_folded_leaves_nothing_behind(
     trained: Trained, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
