@@ -295,3 +295,23 @@ def test_a_private_job_that_is_over_goes_though_there_is_always_work(tmp_path: P
         bench.worker(on_event=on_event, cache=cache).run(Quota(3))
 
         assert here == [[private.id], [private.id], []]
+
+
+def test_nothing_of_a_shard_in_work_outlives_a_private_job(tmp_path: Path) -> None:
+    """Its states follow from the data."""
+    with contextlib.closing(Town(tmp_path / "town")) as town, contextlib.closing(Bench(town, tmp_path)) as bench:
+        private = town.publish_sealed(rounds=1, shards=1)
+        bench.plan(*({"op": "train", "segment": at, "code": "die"} for at in (2, 3)))
+        here: list[set[str]] = []
+
+        def on_event(event: dict[str, Any]) -> None:
+            if event["event"] == "given_back":
+                here.append(bench.left())
+                private.owner.post(f"/v1/jobs/{private.id}/cancel").raise_for_status()
+                town.publish(rounds=1, shards=1)
+
+        bench.worker(on_event=on_event).run(Quota(1))
+
+        assert [len(found) for found in here] == [2]
+        assert bench.left() == set()
+        assert len(bench.told("forgotten")) == 1

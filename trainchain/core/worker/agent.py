@@ -142,6 +142,7 @@ class Worker:
                 if but is None:
                     self._opened.close()
                 if self._cache.forget(job):
+                    self._bench.clear(job)
                     self._tell("forgotten", job=job)
 
     def _lease(self) -> Lease | None:
