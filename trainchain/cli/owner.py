@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trainchain.cli.plan import Plan
     from trainchain.cli.sealing import Holder
     from trainchain.core.client import HubClient
+    from trainchain.core.models import ResolvedRecipe
     from trainchain.core.settings import Settings
 
 
@@ -80,12 +81,12 @@ def _publish(
     intent_path = settings.home / "submissions" / f"{recipe.spec_hash}-{chain.escrow[2:10].lower()}.json"
     salt = _salt(intent_path)
     write_private(intent_path, json.dumps({"salt": salt}).encode())
+    job_id = chain.job_id(wallet.address, salt)
     document = {"recipe": recipe.model_dump(mode="json"), "salt": salt}
     if holder is not None:
-        document["keys"] = sealing.wrapped(plan, holder, chain, chain.job_id(wallet.address, salt))
-    answer = client.post("/v1/jobs", document)
-    job_id = str(answer["job"])
-    _upload(client, plan, job_id, answer["missing"], settings, out)
+        document["keys"] = sealing.wrapped(plan, holder, chain, job_id)
+    missing = _missing(client.post("/v1/jobs", document), job_id, recipe)
+    _upload(client, plan, job_id, missing, settings, out)
     tx = _fund(client, chain, wallet, plan, job_id, salt, out)
     state = client.post(f"/v1/jobs/{job_id}/fund", signed=False)["state"]
     write_private(settings.home / "last_job", job_id.encode())
@@ -111,6 +112,20 @@ def _salt(intent_path: Path) -> str:
         return str(json.loads(intent_path.read_bytes())["salt"])
     except (OSError, ValueError, KeyError):
         return "0x" + secrets.token_hex(32)
+
+
+def _missing(answer: dict[str, Any], job_id: str, recipe: ResolvedRecipe) -> list[str]:
+    """What the hub wants brought of a job. It may ask for nothing else of what lies on this machine."""
+    from trainchain.core.errors import TrainChainError
+
+    missing, named = answer.get("missing"), {ref.sha256 for ref in recipe.files()}
+    if answer.get("job") != job_id or not isinstance(missing, list) or not named.issuperset(map(str, missing)):
+        raise TrainChainError(
+            "hub.not_a_hub",
+            f"The hub took job {job_id} for another one, or asks for files that it does not have.",
+            hint="Do not send it anything; tell its operator.",
+        )
+    return list(map(str, missing))
 
 
 def _upload(client: HubClient, plan: Plan, job_id: str, missing: list[str], settings: Settings, out: Output) -> None:

@@ -12,12 +12,14 @@ import pytest
 from tests.fixtures_hub import Person, Town, new_wallet, seal_files, sealed_recipe
 from trainchain.cli import wiring
 from trainchain.cli.bring import Bringer
+from trainchain.cli.owner import _missing
 from trainchain.cli.plan import Plan
 from trainchain.cli.sealing import Holder, key_holder
 from trainchain.core import seal
 from trainchain.core.errors import TrainChainError
 
 Told = dict[str, Any]
+JOB = "0x" + "12" * 32
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +143,34 @@ def test_a_plan_shows_no_key() -> None:
     shown = repr(dataclasses.replace(plan(), identities={"of": "AGE-SECRET-KEY-1"}))
 
     assert "AGE-SECRET" not in shown
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"job": "0x12", "missing": []},
+        {"job": "0x" + "34" * 32, "missing": []},
+        {"job": JOB},
+        {"job": JOB, "missing": {}},
+        {"job": JOB, "missing": ["ab" * 32]},
+        {"job": JOB, "missing": [7]},
+        {"job": JOB, "missing": [["ab" * 32]]},
+    ],
+)
+def test_a_hub_is_brought_only_what_the_job_names(answer: Told) -> None:
+    """Rows and base lie there in clear too, by their digests."""
+    with pytest.raises(TrainChainError) as caught:
+        _missing(answer, JOB, plan().resolved)
+
+    assert caught.value.code == "hub.not_a_hub"
+
+
+def test_a_hub_is_brought_what_it_misses() -> None:
+    recipe = plan().resolved
+    wanted = [ref.sha256 for ref in recipe.files()]
+
+    assert _missing({"job": JOB, "missing": wanted}, JOB, recipe) == wanted
 
 
 def test_a_hub_prints_the_address_that_own_hub_wants(tmp_path: Path) -> None:
