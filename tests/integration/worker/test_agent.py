@@ -266,7 +266,8 @@ def test_files_are_hashed_when_a_job_opens_and_not_for_every_lease(town: Town, b
 
 def test_a_cancelled_private_job_is_not_taken_from_under_another_worker_of_the_home(town: Town, bench: Bench) -> None:
     job = town.publish_sealed(rounds=1, shards=1)
-    idle, told = Cache(bench.home / "cache"), []
+    idle = Cache(bench.home / "cache")
+    told: list[bool] = []
 
     def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "fetching" and not told:
