@@ -190,11 +190,29 @@ def test_of_weights_that_lie_there_twice_the_ones_that_load_are_kept() -> None:
         "model.safetensors.index.json",
     ]
     single = found("a/config.json", "a/model.safetensors", "a/consolidated.safetensors", "a/x.py", "a/tokenizer.model")
-    assert sorted(file.path for file in model_files(single, "x")) == [
-        "a/config.json",
-        "a/model.safetensors",
-        "a/tokenizer.model",
-    ]
+    index = found(*[f"a/{name}" for name in ("model.safetensors.index.json", *shards)])
+    for files in (single, single + index):  # of both, transformers loads the whole one and never looks at the index
+        assert sorted(file.path for file in model_files(files, "x")) == [
+            "a/config.json",
+            "a/model.safetensors",
+            "a/tokenizer.model",
+        ]
+
+
+def test_a_file_that_no_library_looks_for_is_not_the_model_s() -> None:
+    """A job could not hold their names, and nobody can rename them in somebody else's repository."""
+    odd = found(
+        "my notes.txt",
+        "\u043c\u043e\u0434.json",
+        "a*b.json",
+        "n" * 200 + ".json",
+        ".hidden.json",
+        "._model.safetensors",
+    )
+
+    kept = model_files(found("config.json", "model.safetensors", "vocab.txt") + odd, "x")
+
+    assert [file.path for file in kept] == ["config.json", "model.safetensors", "vocab.txt"]
 
 
 @pytest.mark.parametrize(

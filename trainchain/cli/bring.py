@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from trainchain.core.errors import TrainChainError
 from trainchain.core.sources.address import is_address
-from trainchain.core.sources.found import DATA_FILES, MODEL_FILES
+from trainchain.core.sources.found import DATA_FILES, is_model_file
 from trainchain.core.worker.volatile import lives
 
 if TYPE_CHECKING:
@@ -79,7 +79,11 @@ class Bringer:
 
         if not is_address(text):
             folder = _folder(text)
-            files = [_local_ref(file, file.name) for file in sorted(folder.iterdir()) if _is_model_file(file)]
+            files = [
+                _local_ref(file, file.name)
+                for file in sorted(folder.iterdir())
+                if file.is_file() and is_model_file(file.name)
+            ]
             return folder, Base(source=None, license=_license_of(folder), files=files)
         found = self._find(text, "model")
         refs = []
@@ -230,11 +234,6 @@ def _file(text: str) -> Path:
     return path
 
 
-def _is_model_file(file: Path) -> bool:
-    """What a base is made of: weights, configuration, tokenizer. Never code, never pickles."""
-    return file.is_file() and file.suffix in MODEL_FILES and not file.name.startswith(".")
-
-
 def _local_ref(path: Path, name: str) -> FileRef:
     from trainchain.core.digests import sha256_file
 
@@ -245,7 +244,11 @@ def _ref(name: str, digest: str, size: int, path: str | None) -> FileRef:
     from trainchain.core.models import FileRef, parse
 
     fields = {"name": name, "sha256": digest, "size": size, "path": path}
-    return parse(FileRef, fields, code="source.unsafe", what=f"The file {(path or name)!r}")
+    try:
+        return parse(FileRef, fields, code="source.unsafe", what=f"The file {(path or name)!r}")
+    except TrainChainError as error:
+        hint = "Give it a name of letters, digits, dots, dashes and underscores."
+        raise TrainChainError(error.code, error.message, hint=hint) from None
 
 
 def _license_of(folder: Path) -> str | None:

@@ -29,6 +29,7 @@ from trainchain.core.sources.azureml_push import content_of, register, version_w
 from trainchain.core.sources.azureml_session import Session, role_to_read, sdk
 from trainchain.core.sources.found import (
     DATA_FILES,
+    INDEX,
     MOST_LISTED,
     Found,
     FoundFile,
@@ -41,8 +42,7 @@ from trainchain.core.sources.found import (
     too_many,
 )
 
-_INDEX = "model.safetensors.index.json"
-_LARGEST_INDEX = 64 << 20
+_LARGESTINDEX = 64 << 20
 _LONGEST_LICENSE = 100
 
 
@@ -238,20 +238,20 @@ class AzureML:
 
     def _complete(self, where: str, files: list[FoundFile]) -> None:
         """Raise `source.incomplete` where the weights' index counts on files that are not there."""
-        index = next((file for file in files if file.path == _INDEX), None)
+        index = next((file for file in files if file.path == INDEX), None)
         if index is None:
             return
-        if index.size > _LARGEST_INDEX:
-            raise TrainChainError("source.unsafe", f"{where}: {_INDEX} has {index.size:,} bytes.")
+        if index.size > _LARGESTINDEX:
+            raise TrainChainError("source.unsafe", f"{where}: {INDEX} has {index.size:,} bytes.")
         try:
-            content = json.loads(self.head(where, _INDEX, index.size) or b"")
-        except ValueError:
+            content = json.loads(self.head(where, INDEX, index.size) or b"")
+        except (ValueError, RecursionError):
             content = None
         missing = missing_shards(content, (file.path for file in files))
         if missing:
             raise TrainChainError(
                 "source.incomplete",
-                f"{where} lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}, which {_INDEX} names.",
+                f"{where} lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}, which {INDEX} names.",
                 hint="Register the model again with all of its files.",
             )
 

@@ -14,10 +14,12 @@ Kind = Literal["model", "data"]
 MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja")
 """Endings of what a base is made of: weights, configuration, tokenizer. Never code, never pickles."""
 DATA_FILES = (".parquet", ".jsonl", ".json", ".ndjson")
+INDEX = "model.safetensors.index.json"
 MOST_LISTED = 10_000
 """Entries of a source that are looked at; what has more is refused before more is asked for."""
 MOST_KEPT = 1_000
 """Files of one model or data set."""
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _FORBIDDEN = re.compile(r'[\\:*?"<>|]')
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
 
@@ -115,7 +117,7 @@ def model_files(files: list[FoundFile], where: str) -> list[FoundFile]:
     Raises `model.unreadable` where there are no safetensors weights or no configuration.
     """
     names = {file.path.rpartition("/")[2]: file for file in files}
-    weights = sorted(name for name in names if name.endswith(".safetensors"))
+    weights = sorted(name for name in names if name.endswith(".safetensors") and not name.startswith("."))
     if not weights:
         others = sorted(name for name in names if name.endswith(_PICKLES))
         if others:
@@ -141,10 +143,16 @@ def model_files(files: list[FoundFile], where: str) -> list[FoundFile]:
     used = set(weights)
     if "model.safetensors" in names:
         used = {"model.safetensors"}
-    elif "model.safetensors.index.json" in names:
+        names.pop(INDEX, None)  # which nobody reads then; it may count on parts that are not there
+    elif INDEX in names:
         used = {name for name in weights if name.startswith("model-")} or used
-    kept = [file for name, file in names.items() if name.endswith(MODEL_FILES) and not name.startswith(".")]
-    return [file for file in kept if not file.path.endswith(".safetensors") or file.path.rpartition("/")[2] in used]
+    return [file for name, file in names.items() if (name in used if name in weights else is_model_file(name))]
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of that name belongs to a model: no code, no pickles, nothing whose name no library looks for."""
+    plain = name.endswith(".safetensors") or _PLAIN.fullmatch(name)
+    return bool(plain) and name.endswith(MODEL_FILES) and not name.startswith(".")
 
 
 def missing_shards(index: object, names: Iterable[str]) -> list[str]:

@@ -21,6 +21,7 @@ from trainchain.core.digests import CHUNK
 from trainchain.core.errors import TrainChainError
 from trainchain.core.sources.address import Address, HubAddress, parse
 from trainchain.core.sources.found import (
+    INDEX,
     MOST_LISTED,
     Found,
     FoundFile,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 ATTEMPTS = 5
 LONGEST_PAGE = 32 << 20
 """Bytes of one page of a listing."""
-INDEX = "model.safetensors.index.json"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -85,7 +85,7 @@ class HuggingFace:
         import json
 
         names = {path.rpartition("/")[2]: path for path in paths}
-        if INDEX not in names or "model.safetensors" in names:
+        if INDEX not in names:
             return
         data = self.head(address.at(address.revision or ""), names[INDEX], LONGEST_PAGE) or b""
         try:
