@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from trainchain.core.errors import TrainChainError
+from trainchain.core.models import Base
 from trainchain.core.sources.address import AzureAddress, parse
 from trainchain.core.sources.azureml_address import Asset, NumberedWorkspace, Registry, Workspace, read, shown
 
@@ -174,6 +176,19 @@ def test_a_pinned_asset_is_one_and_says_so(asset: Asset, scope: Registry | Works
     assert there.label is None
     if asset.scope is None or asset.label is not None or isinstance(asset.scope, NumberedWorkspace):
         assert not asset.pinned
+
+
+@pytest.mark.parametrize("path", ["UI/2026-11-02_101500_UTC/my rows.jsonl", "d\u00e9p\u00f4t/lignes.jsonl"])
+def test_a_job_can_name_a_folder_as_people_name_theirs(path: str) -> None:
+    pinned = str(read(f"{LONG}/datastores/workspaceblobstore/paths/{path}", "data"))
+
+    assert Base(source=pinned, license=None, files=[]).source == pinned
+
+
+@pytest.mark.parametrize("path", ["a\x1b[2J", "a\u202eb", "a\nb", "a ", "x" * 1001])
+def test_a_job_s_source_is_one_line_that_can_be_shown(path: str) -> None:
+    with pytest.raises(ValidationError):
+        Base(source=f"{LONG}/datastores/d/paths/{path}", license=None, files=[])
 
 
 @given(st.text(max_size=60))

@@ -32,13 +32,19 @@ def _inside(path: str) -> str:
     return path
 
 
+def _plain(address: str) -> str:
+    if not address.isprintable() or address != address.strip():
+        raise ValueError("is not one line that can be shown")
+    return address
+
+
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Hash32 = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-f]{64}$")]
 Address = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-fA-F]{40}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")]
 SourcePath = Annotated[str, StringConstraints(max_length=512, pattern=r"^[^\\\\:*?\"<>|]+$"), AfterValidator(_inside)]
 """Where a file lies in its source: names joined by slashes, none of them a way out."""
-PinnedSource = Annotated[str, StringConstraints(pattern=r"^(hf|azureml)://[\x21-\x7e]{1,1000}$")]
+PinnedSource = Annotated[str, StringConstraints(pattern=r"^(hf|azureml)://.{1,1000}$"), AfterValidator(_plain)]
 """A source's address with its revision fixed: `hf://org/name@<commit>`, `azureml://...versions/3`; core/sources."""
 JobName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")]
 Amount = Annotated[int, BeforeValidator(_amount), PlainSerializer(str, return_type=str), Field(ge=0, lt=2**128)]
