@@ -87,12 +87,13 @@ def fetch_merged(
 
 
 def _fold(folder: Path, adapter: Any, recipe: ResolvedRecipe, target: Path) -> str:
-    from safetensors import SafetensorError
-
     from trainchain.cli.plan import hush
-    from trainchain.core.train.fold import fold
 
     hush()
+    from safetensors import SafetensorError
+
+    from trainchain.core.train.fold import fold
+
     try:
         return fold(folder, adapter, recipe.lora, target)
     except SafetensorError as error:

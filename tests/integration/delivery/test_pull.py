@@ -121,6 +121,17 @@ def test_what_cannot_be_folded_leaves_nothing_behind(
     assert codes() == "disk.full"
 
 
+def test_folding_says_what_it_takes_and_nothing_else(trained: Trained, tiny: Path, tmp_path: Path) -> None:
+    """In a process of its own: here the libraries have said what they have to say."""
+    ends = ["--base", str(tiny), "-o", "model", "--hub", trained.client.url, "--home", str(tmp_path / "home")]
+    command = [sys.executable, "-m", "trainchain", "pull", trained.job.id, "--merged", *ends]
+
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False)
+
+    assert (done.returncode, done.stdout) == (0, "model\n"), done.stderr
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["folding"], done.stderr
+
+
 FULL = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
