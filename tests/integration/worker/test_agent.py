@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import delete
 
 from tests.fixtures_hub import STEPS, Job, Town
 from tests.integration.worker.conftest import Bench
@@ -14,6 +16,7 @@ from trainchain.core.hub.service import LEASE_SECONDS
 from trainchain.core.models import MAX_ANSWER
 from trainchain.core.worker.cache import Cache
 from trainchain.core.worker.fleet import Quota, Stopped
+from trainchain.core.worker.volatile import Volatile
 
 USUAL = 2 * 64
 """micro_batch_size x sequence_len of the job."""
@@ -316,3 +319,23 @@ def test_nothing_of_a_shard_in_work_outlives_a_private_job(tmp_path: Path) -> No
         assert [len(found) for found in here] == [2]
         assert bench.left() == set()
         assert len(bench.told("forgotten")) == 1
+
+
+def test_a_job_whose_keys_the_hub_lost_leaves_no_folder_for_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    monkeypatch.setattr("trainchain.core.worker.agent.Volatile", partial(Volatile, memory=memory))
+    with contextlib.closing(Town(tmp_path / "town")) as town, contextlib.closing(Bench(town, tmp_path)) as bench:
+        private = town.publish_sealed(rounds=1, shards=1)
+        town.clock.forward(1)  # the first in the queue
+        fine = town.publish(rounds=1, shards=1)
+        with town.hub.store.write() as db:
+            db.execute(delete(schema.keys).where(schema.keys.c.job == private.id))
+
+        bench.worker().run(Quota(1))
+
+        assert [(event["code"], event["unable"]) for event in bench.told("failed")] == [("key.invalid", True)]
+        assert [event["job"] for event in bench.told("accepted")] == [fine.id]
+        assert list(memory.iterdir()) == []

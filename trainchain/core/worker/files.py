@@ -164,9 +164,13 @@ def _clear_folder(job_id: str, files: Sequence[FileRef], parts: Mapping[str, Pat
     if clear is None:
         raise TrainChainError("key.invalid", f"The base model of {job_id} is sealed, and there is no key for it.")
     folder = clear.folder(sum(ref.size for ref in files))
-    with full_disk(folder, "the base model was opened"):
-        for ref in files:
-            clear.unseal(ref, parts[ref.name], folder / ref.name)
+    try:
+        with full_disk(folder, "the base model was opened"):
+            for ref in files:
+                clear.unseal(ref, parts[ref.name], folder / ref.name)
+    except BaseException:
+        delete(folder)
+        raise
     return folder
 
 
