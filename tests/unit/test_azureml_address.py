@@ -130,6 +130,26 @@ def test_what_is_no_address_is_named_with_what_is_wrong(text: str, asked: Any, w
     assert told.value.hint
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["azureml:llama:3", "azureml:llama@latest", "azureml:", "azureml://jobs/j/outputs/o", f"{LONG}/data/rows",
+     "azureml://registries/azureml/models/Phi-4/versions/7", "azureml://datastores/d/paths/x"],
+)  # fmt: skip
+def test_who_names_no_target_is_told_to_write_one(text: str) -> None:
+    with pytest.raises(TrainChainError) as told:
+        read(text, "target")
+
+    assert told.value.hint == "Write azureml:name, or a long form that ends with models/name: Azure gives the version."
+
+
+@pytest.mark.parametrize("text", ["azureml:", "azureml:my model"])
+def test_no_address_is_made_of_what_is_no_name(text: str) -> None:
+    with pytest.raises(TrainChainError) as told:
+        read(text, "model")
+
+    assert told.value.hint.startswith("Write azureml:name:version or")
+
+
 def test_a_signature_that_was_pasted_along_is_not_shown() -> None:
     for text in (
         "azureml://datastores/d/paths/p?sv=1&sig=SECRET",

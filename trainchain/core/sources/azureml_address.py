@@ -18,6 +18,7 @@ FORMS = (
     " azureml://subscriptions/S/resourcegroups/G/workspaces/W/models/M/versions/V, the asset's ARM id, or"
     " azureml://datastores/D/paths/P."
 )
+TARGETS = "Write azureml:name, or a long form that ends with models/name: Azure gives the version."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 _PLACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,254}")
 _STORE = re.compile(r"[A-Za-z0-9_-]{1,254}")
@@ -101,6 +102,15 @@ def read(text: str, asked: Asked) -> Asset:
 
     Raises `source.address` for what is none of the forms, and for forms that name no place of files.
     """
+    try:
+        return _read(text, asked)
+    except TrainChainError as error:
+        if asked != "target":
+            raise
+        raise TrainChainError(error.code, error.message, hint=TARGETS) from None
+
+
+def _read(text: str, asked: Asked) -> Asset:
     if not text.isprintable():
         raise _wrong(text, "has characters that cannot be seen")
     lower = text.lower()
@@ -126,6 +136,7 @@ def _short(text: str, rest: str, asked: Asked) -> Asset:
             if tail.lower() == "latest":
                 raise _wrong(text, "names a version `latest`", f"Write azureml:{name}@latest")
             return Asset(None, what, name, version=_match(text, _NAME, tail, "version"))
+    _match(text, _NAME, rest, "name")
     raise _wrong(text, "names no version", f"Write {shown(text)}:1, say, or {shown(text)}@latest")
 
 
