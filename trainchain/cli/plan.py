@@ -234,10 +234,17 @@ def _held_out(recipe: Recipe, bringer: Bringer) -> Data | None:
             raise TrainChainError(
                 "recipe.invalid",
                 f"`test_datasets`: {entry.path} has {len(files)} files; the held-out data is one.",
-                hint=f"Name one: {entry.path}/{files[0].ref.path}",
+                hint=f"Name one: {_address_of(files[0])}",
             )
         return files[0]
     return None
+
+
+def _address_of(file: Data) -> str:
+    """One file of a pinned source, as a recipe names it."""
+    source = str(file.source)
+    into = "" if source.startswith("hf:") or "/paths/" in source else "/paths"
+    return f"{source}{into}/{file.ref.path}"
 
 
 def template_of(recipe: Recipe) -> str | None:

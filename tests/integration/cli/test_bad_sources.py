@@ -134,6 +134,28 @@ CASES: dict[str, tuple[Spoil, str, int, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("within", ["", "/two rows", "/**/test-*"])
+def test_of_several_held_out_files_one_is_named_so_that_it_can_be_written(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], within: str
+) -> None:
+    rows = hub.read("acme/rows", "dataset")["train.jsonl"]
+    hub.put("acme/tests", {f"two rows/test-{number}.jsonl": rows for number in (0, 1)}, kind="dataset")
+    recipe = tmp_path / "recipe.yaml"
+
+    def ended(held_out: str) -> Any:
+        entry = f'test_datasets: [{{path: "{held_out}", rows: 3}}]\n'
+        recipe.write_text(RECIPE.format(base=BASE, data=DATA) + entry, encoding="utf-8")
+        run_command(
+            ["train", str(recipe), "--shard", "0", "-o", str(tmp_path / "out"), "--home", str(tmp_path), "--json"]
+        )
+        return json.loads(capsys.readouterr().out)
+
+    error = ended(f"hf://datasets/acme/tests{within}")["error"]
+
+    assert error["code"] == "recipe.invalid"
+    assert ended(error["hint"].removeprefix("Name one: "))["ok"]
+
+
 @pytest.mark.parametrize(("spoil", "code", "exit_code", "names"), CASES.values(), ids=CASES)
 def test_what_is_wrong_with_a_source_is_one_clear_message(
     hub: Hub,
