@@ -43,14 +43,6 @@ class Merged:
     def number(self) -> int:
         return self.round.round
 
-    @property
-    def base(self) -> tuple[str, str | None]:
-        """What the adapter's configuration calls its base: a repository and its commit, else the recipe's name."""
-        from trainchain.core.card import hub_base
-
-        found = hub_base(self.recipe)
-        return (found.id, found.commit) if found else (self.recipe.name, None)
-
 
 def as_reader(settings: Settings, out: Output, action: Callable[[HubClient], Document]) -> Document:
     """Do something with the hub as nobody, and where it asks who that is, as this home's wallet.
@@ -262,10 +254,10 @@ def chain_told(client: HubClient) -> Chain:
 
 def _write_adapter(client: HubClient, found: Merged, folder: Path) -> None:
     from trainchain.core.adapter import read_adapter, write_peft_folder
+    from trainchain.core.card import base_name
 
     adapter = read_adapter(client.object(str(found.round.adapter), cap=MAX_ADAPTER))
-    name, revision = found.base
-    write_peft_folder(folder, adapter, found.recipe, name, revision)
+    write_peft_folder(folder, adapter, found.recipe, *base_name(found.recipe))
 
 
 def _contributions(client: HubClient, found: Merged) -> list[Accepted]:

@@ -113,8 +113,12 @@ def write_peft_folder(
     """Write the standard layout, readable by PEFT alone: the weights and their `adapter_config.json`; and the chat
     template, where the recipe brought one."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name, data in {WEIGHTS_FILE: adapter_bytes(adapter), **beside_weights(recipe, base_name, revision)}.items():
+        (folder / name).write_bytes(data)
+
+
+def beside_weights(recipe: ResolvedRecipe, base_name: str, revision: str | None = None) -> dict[str, bytes]:
+    """The files of the layout but for the weights: they follow from the recipe."""
     config = json.dumps(peft_config(recipe, base_name, revision), indent=2, sort_keys=True) + "\n"
-    (folder / WEIGHTS_FILE).write_bytes(adapter_bytes(adapter))
-    (folder / CONFIG_FILE).write_text(config, encoding="utf-8", newline="\n")
-    if recipe.chat_template is not None:
-        (folder / TEMPLATE_FILE).write_text(recipe.chat_template, encoding="utf-8", newline="")
+    template = {} if recipe.chat_template is None else {TEMPLATE_FILE: recipe.chat_template.encode()}
+    return {CONFIG_FILE: config.encode(), **template}

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from trainchain.core.adapter import WEIGHTS_FILE
+from trainchain.core.adapter import CONFIG_FILE, TEMPLATE_FILE, WEIGHTS_FILE, beside_weights
+from trainchain.core.card import base_name
 from trainchain.core.digests import canonical_json, sha256, sha256_file
 from trainchain.core.errors import TrainChainError
 from trainchain.core.history import Chain, History, Told
@@ -206,10 +207,20 @@ def check(folder: Path, checks: Checks) -> Manifest:
     recipe = parse(ResolvedRecipe, text, code="job.invalid", what=RECIPE)
     if not recipe.spec_hash == sha256(text) == manifest.spec_hash:
         raise TrainChainError("object.digest", f"{RECIPE} does not have the spec hash {manifest.spec_hash}.")
+    _check_layout(folder, recipe)
     told = parse(Contributions, _read(inside / CONTRIBUTIONS), code="job.invalid", what=CONTRIBUTIONS)
     earned = _check_contributions(recipe, manifest, told.contributions, checks)
     _check_settlements(inside, manifest, earned, checks)
     return manifest
+
+
+def _check_layout(folder: Path, recipe: ResolvedRecipe) -> None:
+    """What stands beside the weights decides what is computed with them: scale, base, template."""
+    wanted = beside_weights(recipe, *base_name(recipe))
+    for name in (CONFIG_FILE, TEMPLATE_FILE):
+        path = folder / name
+        if (_read(path) if path.exists() else None) != wanted.get(name):
+            raise TrainChainError("object.digest", f"{name} is not the one that follows from the recipe.")
 
 
 def _check_contributions(

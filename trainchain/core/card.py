@@ -48,6 +48,12 @@ def hub_base(recipe: ResolvedRecipe) -> HubBase | None:
     return HubBase(found["id"], found["commit"], paths[0].rpartition("/")[0] if paths else "")
 
 
+def base_name(recipe: ResolvedRecipe) -> tuple[str, str | None]:
+    """What the adapter's configuration calls its base: a repository and its commit, else the recipe's name."""
+    found = hub_base(recipe)
+    return (found.id, found.commit) if found else (recipe.name, None)
+
+
 def card(
     recipe: ResolvedRecipe,
     history: History,

@@ -21,7 +21,8 @@ def test_the_evidence_beside_it_holds_and_any_change_of_it_is_found(trained: Tra
 
     assert held["job"] == trained.job.id
     assert held["escrow"] == trained.job.town.chain.escrow
-    for path in [*sorted((tmp_path / "trainchain").iterdir()), tmp_path / "adapter_model.safetensors"]:
+    beside = [tmp_path / name for name in ("adapter_model.safetensors", "adapter_config.json")]
+    for path in [*sorted((tmp_path / "trainchain").iterdir()), *beside]:
         kept = path.read_bytes()
         for wrong in (b"", kept[:-2] + bytes([kept[-2] ^ 1]) + kept[-1:], None):
             if wrong is None:
@@ -31,6 +32,10 @@ def test_the_evidence_beside_it_holds_and_any_change_of_it_is_found(trained: Tra
             with pytest.raises(TrainChainError):
                 delivery.verify(tmp_path)
             path.write_bytes(kept)
+    (tmp_path / "chat_template.jinja").write_bytes(b"which the recipe did not bring")
+    with pytest.raises(TrainChainError, match=r"chat_template\.jinja"):
+        delivery.verify(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "trainchain" / "more.json").write_bytes(b"{}")
     with pytest.raises(TrainChainError, match=r"more\.json"):
         delivery.verify(tmp_path)
