@@ -1,8 +1,10 @@
 """A worker's child on a sealed job: what it is given to read is nowhere in clear, and gone with its use."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -214,6 +216,30 @@ def test_a_sealed_base_is_gone_after_a_failed_open_too(worker: Worker) -> None:
         assert it.ask(**worker.training(1, 0))["event"] == "done"
 
     assert found == [code for _, code in FAILURES]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no named pipes in folders")
+def test_a_sealed_base_is_gone_when_the_parent_dies_while_it_is_opened(worker: Worker) -> None:
+    request = worker.opening()
+    last = Path(request["unseal"]["files"][-1]["path"])
+    last.unlink()
+    os.mkfifo(last)  # nobody ever writes to it
+    with worker.child() as it:
+        it.event()
+        assert it.process.stdin is not None
+        it.process.stdin.write(json.dumps(request) + "\n")
+        it.process.stdin.flush()
+        wanted = {entry["name"] for entry in request["unseal"]["files"][:-1]}
+        until = time.monotonic() + 60
+        while {path.name for path in worker.volatile.rglob("*")} < wanted:
+            assert time.monotonic() < until, "the base was never opened"
+        assert worker.shows() != []
+
+        it.process.stdin.close()
+        it.process.wait(60)
+
+    assert worker.shows() == []
+    assert not worker.volatile.exists()
 
 
 def test_a_request_that_breaks_the_child_shows_nothing_of_what_was_sealed(worker: Worker) -> None:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from trainchain.core.train.trainer import Engine
 
 Emit = Callable[[dict[str, Any]], None]
+_CLEAR: set[Path] = set()
+"""Folders of this process that hold a base in clear; they go with it."""
 DELTA_FILE = "delta.safetensors"
 END_FILE = "end.safetensors"
 QUIET = {
@@ -144,6 +146,7 @@ def _model_folder(request: Mapping[str, Any]) -> Iterator[Path]:
 
     parent = Path(unseal["folder"])
     folder = parent / f"base-{os.environ.get('RANK', '0')}"
+    _CLEAR.add(folder)
     try:
         folder.mkdir(mode=0o700, parents=True)
         for file in unseal["files"]:
@@ -156,9 +159,19 @@ def _model_folder(request: Mapping[str, Any]) -> Iterator[Path]:
             "disk.full", f"{parent} has no room for the job's private base model.", hint="Free memory or disk space."
         ) from None
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # the other processes' folders are there still
-            parent.rmdir()
+        _remove(folder)
+        _CLEAR.discard(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a base in clear, and the folder around it once that is empty; moved first, so that no more comes in."""
+    gone = folder.with_name(f"{folder.name}.gone")
+    with suppress(OSError):
+        folder.rename(gone)
+    for path in (gone, folder):
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # the other processes' folders are there still
+        folder.parent.rmdir()
 
 
 def _unsealed(request: Mapping[str, Any]) -> bytes | None:
@@ -260,6 +273,8 @@ def _requests() -> Iterator[str]:
     def watch() -> None:
         for line in sys.stdin:
             lines.put(line)
+        for folder in list(_CLEAR):
+            _remove(folder)
         os._exit(0)
 
     threading.Thread(target=watch, name="stdin", daemon=True).start()
