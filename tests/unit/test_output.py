@@ -45,6 +45,17 @@ def test_programs_get_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert talk == "working\n"
 
 
+def test_a_stranger_s_words_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a hub says is wrong is repeated."""
+    told = TrainChainError("job.closed", "two\nlines \x1b]0;title\x07\x1b[2J", hint="run \x1b[8mthis\r\u202e")
+
+    Output(json_mode=True).error(told)
+
+    text, talk = said(capsys)
+    assert talk == "error[job.closed] two\nlines \\x1b]0;title\\x07\\x1b[2J\nhint: run \\x1b[8mthis\\r\\u202e\n"
+    assert json.loads(text)["error"]["message"] == told.message
+
+
 def test_events_are_lines_for_programs_and_talk_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     Output(json_mode=True).event({"event": "leased"}, "leased a shard")
     Output(json_mode=False).event({"event": "leased"}, "leased a shard")

@@ -26,7 +26,7 @@ class Output:
             self.note(text)
 
     def note(self, text: str) -> None:
-        print(_printable(text, sys.stderr.encoding), file=sys.stderr, flush=True)  # noqa: T201
+        print(_printable(_harmless(text), sys.stderr.encoding), file=sys.stderr, flush=True)  # noqa: T201
 
     def hint(self, text: str) -> None:
         if text:
@@ -41,6 +41,11 @@ class Output:
 
     def _write(self, text: str) -> None:
         print(_printable(text, sys.stdout.encoding), flush=True)  # noqa: T201
+
+
+def _harmless(text: str) -> str:
+    """The text with nothing in it that a terminal would obey: names and messages come from strangers."""
+    return "".join(mark if mark.isprintable() or mark == "\n" else ascii(mark)[1:-1] for mark in text)
 
 
 def _printable(text: str, encoding: str | None) -> str:
