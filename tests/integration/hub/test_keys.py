@@ -427,7 +427,7 @@ def test_a_hub_that_lost_its_exchange_key_says_so_until_the_owner_publishes_agai
         person._session = ("", 0.0)
 
     document = insist(anna.ask_keys(lease), "key.invalid")
-    assert "publishes the job again" in document["hint"]
+    assert "cancels the job and submits the recipe again" in document["hint"], "submit keeps no key when it is done"
 
     keys = town.wrapped(job.id, job.identities)
     again = {"recipe": job.recipe.model_dump(mode="json"), "salt": job.salt, "keys": keys}

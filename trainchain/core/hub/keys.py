@@ -50,7 +50,7 @@ def _open(hub: Hub, job_id: str, digest: str, wrapped: str) -> str:
         raise TrainChainError(
             "key.invalid",
             f"The key of the sealed file {digest} is not wrapped for this hub and this job, or is no age identity.",
-            hint="The owner publishes the job again, with keys wrapped for the hub's exchange key as it is now.",
+            hint="If the hub lost its exchange key: the owner cancels the job and submits the recipe again as another.",
         )
     return identity
 
