@@ -22,3 +22,12 @@ def test_what_is_no_list_of_wallets_is_told_as_one(workers: str, told: str) -> N
 
     assert "r.yaml:8: `access.workers`" in message
     assert told in message
+
+
+def test_of_a_long_list_the_mistake_is_told_and_not_the_list() -> None:
+    wallets = ", ".join([WALLET] * 200 + ["0x12"])
+
+    message = refusal(with_line(f"access: {{workers: [{wallets}]}}")).message
+
+    assert "'18' is no wallet's address" in message
+    assert len(message) < 300

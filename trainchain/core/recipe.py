@@ -18,6 +18,8 @@ from trainchain.core.models import Address, DataFormat
 
 MAX_BYTES = 1 << 20
 MAX_STEPS = 100_000
+LONGEST_SHOWN = 120
+"""Characters of a wrong value in a message."""
 _ADDRESS = re.compile(r"^0x[0-9a-fA-F]{40}$")
 """In a shard; a hub sums the learning rate over them."""
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -331,11 +333,12 @@ def _explain(
             f"{where}: `{'.'.join(keys)}` is missing.",
             hint=f"Add `{keys[-1]}:` to the recipe.",
         )
-    given = _at(value, place)
+    given = repr(_at(value, place))
+    given = given if len(given) <= LONGEST_SHOWN else f"{given[:LONGEST_SHOWN]}.."
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return TrainChainError(
         "recipe.invalid",
-        f"{line}: `{name}` is {given!r}: {message}.",
+        f"{line}: `{name}` is {given}: {message}.",
         hint=f"Correct `{name}` and try again.",
     )
 
