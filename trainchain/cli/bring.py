@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from trainchain.core.sources.found import Found, FoundFile, Kind
     from trainchain.core.worker.cache import Cache
 
+BROUGHT, FOLDING = ".brought-", ".folding-"
+"""How the names begin of folders in the cache that hold links to its files under their own names, for a while."""
 LONGEST_HEADER = 100_000_000
 """Bytes of a safetensors header, as the format limits it."""
 SPLITS = {
@@ -62,12 +64,7 @@ class Bringer:
     @cached_property
     def _cache(self) -> Cache:
         """Made when something is fetched: a recipe of folders and files leaves nothing behind."""
-        cache = self._open_cache()
-        for left in cache.folder.glob(".brought-*"):
-            pid = left.name.split("-")[1]
-            if not (pid.isdigit() and lives(int(pid))):
-                shutil.rmtree(left, ignore_errors=True)
-        return cache
+        return self._open_cache()
 
     def model(self, text: str, *, weights: bool) -> tuple[Path, Base]:
         """A model folder and its manifest. Without `weights` the numbers of a distant model's weights may be absent
@@ -124,7 +121,7 @@ class Bringer:
 
     def folder(self, place: Path) -> Path:
         """A new folder in `place` that goes with this object."""
-        made = Path(tempfile.mkdtemp(prefix=f".brought-{os.getpid()}-", dir=place))
+        made = scratch(place, BROUGHT)
         weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
         return made
 
@@ -166,6 +163,21 @@ class Bringer:
         with target.open("wb") as outline:
             outline.write(header)
             outline.truncate(file.size)
+
+
+def scratch(place: Path, begin: str) -> Path:
+    """A new folder in `place` whose name begins so. What killed processes left there of this kind goes."""
+    sweep(place, begin)
+    return Path(tempfile.mkdtemp(prefix=f"{begin}{os.getpid()}-", dir=place))
+
+
+def sweep(place: Path, *begins: str) -> None:
+    """Remove the scratch folders in `place` whose processes are gone."""
+    for left in place.iterdir():
+        for begin in begins:
+            found = re.fullmatch(r"(\d{1,9})-[a-z0-9_]{8}", left.name.removeprefix(begin))
+            if left.name.startswith(begin) and found and not lives(int(found[1])):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _check_index(found: Found, folder: Path) -> None:

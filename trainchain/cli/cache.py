@@ -74,6 +74,7 @@ def remove(
       trainchain cache verify | xargs trainchain cache rm
       trainchain cache rm --all
     """
+    from trainchain.cli.bring import BROUGHT, FOLDING, sweep
     from trainchain.core.errors import TrainChainError
     from trainchain.core.settings import Settings, show_size
 
@@ -97,6 +98,8 @@ def remove(
     if all_ and chosen and not yes and may_ask():
         typer.confirm(f"Remove all of {settings.cache} that is not in use, {size}?", abort=True, err=True)
     freed = _remove(_cache(settings), chosen) if chosen else 0
+    if settings.cache.is_dir():  # else their links keep the bytes on the disk
+        sweep(settings.cache, BROUGHT, FOLDING)
     gone = [entry.name for entry in chosen]
     out.result(f"{freed} bytes freed", {"freed": freed, "removed": gone, "in_use": [entry.name for entry in left]})
     if left:

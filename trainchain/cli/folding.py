@@ -6,12 +6,12 @@ import contextlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainchain.cli import delivery
+from trainchain.cli.bring import FOLDING, scratch
 from trainchain.core.errors import TrainChainError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def fetch_merged(
         _room(folder, target.absolute().parent, note)
         adapter = read_adapter(client.object(str(found.round.adapter), cap=delivery.MAX_ADAPTER))
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+        making = scratch(target.absolute().parent, f".{target.name}{FOLDING}")
         try:
             making.chmod(0o755)
             with full_disk(target.absolute().parent, "the folded model was written", hint=OTHER_DISK):
@@ -120,11 +120,14 @@ def _base(client: HubClient, cache: Cache, recipe: ResolvedRecipe, base: Path | 
     note(f"base     {len(files)} files, {_gb(sum(ref.size for ref in files))}, from {source or 'the hub'}")
     cache.hold(SLOT, {ref.sha256: ref.size for ref in files})
     try:
-        with tempfile.TemporaryDirectory(prefix=".folding-", dir=cache.folder) as folder:
+        folder = scratch(cache.folder, FOLDING)
+        try:
             for ref in files:
                 path = cache.file(source, ref) if source else _from_hub(client, cache, ref)
-                _link(path, Path(folder) / ref.name)
-            yield Path(folder)
+                _link(path, folder / ref.name)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
         cache.let_go(SLOT)
 

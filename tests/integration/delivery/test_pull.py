@@ -1,6 +1,7 @@
 """An adapter fetched, and folded into its base: wherever the base lies."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tests.fixtures_hf import Hub
 from tests.fixtures_hub import Town
 from tests.fixtures_model import make_tiny_model
 from trainchain.cli import delivery, folding
+from trainchain.cli.main import run_command
 from trainchain.core.adapter import read_adapter
 from trainchain.core.client import HubClient
 from trainchain.core.errors import TrainChainError
@@ -179,6 +181,29 @@ def test_what_a_killed_pull_left_does_no_harm(trained: Trained, tmp_path: Path) 
 
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "trainchain.json"}
+
+
+def test_what_a_killed_fold_left_goes_with_the_next_and_nothing_else_does(
+    trained: Trained, tiny: Path, tmp_path: Path
+) -> None:
+    """Links to the base's files, which would keep them on the disk when the cache lets go of them."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    cache, other = Cache(tmp_path / "cache"), tmp_path / ".model.of-mine"
+    left = [cache.folder / f".folding-{gone.pid}-abcdefgh", tmp_path / f".model.folding-{gone.pid}-abcdefgh"]
+    busy = cache.folder / f".folding-{os.getpid()}-abcdefgh"
+    for folder in (*left, busy, other):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+
+    folding.fetch_merged(trained.client, cache, trained.job.id, tmp_path / "model", note=lambda _: None)
+
+    assert not any(folder.exists() for folder in left)
+    assert {path.name for path in cache.folder.glob(".*")} == {busy.name}
+    assert (other / "model.safetensors").exists()
+    (cache.folder / f".folding-{gone.pid}-abcdefgh").mkdir()
+    assert run_command(["cache", "rm", "--all", "--home", str(tmp_path)]) == 0
+    assert {path.name for path in cache.folder.glob(".*")} == {busy.name}
 
 
 def test_a_folder_that_cannot_be_replaced_is_refused_before_anything_is_folded(
