@@ -35,12 +35,14 @@ def publish(
     leaves this machine.
     """
     from trainchain.cli import sealing
+    from trainchain.core.worker.room import full_disk
 
     client, wallet = wiring.signed_client(settings, out)
     chain = wiring.chain_of(client)
     holder = sealing.key_holder(plan, client, chain, settings, own_hub) if plan.keys else None
     confirm(plan.resolved.pay.budget)
-    with _alone(settings, out):
+    hint = "Free some, or name a home on another disk with --home."
+    with _alone(settings, out), full_disk(settings.home, "the job was made ready", hint=hint):
         return _publish(plan, settings, out, client, chain, wallet, holder)
 
 

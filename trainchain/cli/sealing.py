@@ -85,7 +85,11 @@ def sealed(plan: Plan, settings: Settings, out: Output) -> Plan:
     folder = _folder(plan, settings)
     found = _remembered(folder)
     if found is None:
-        found = _seal(plan, folder)
+        try:
+            found = _seal(plan, folder)
+        except BaseException:  # without its note it would be of no use to the next call
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     size = sum(ref.size for ref in found.refs.files())
     out.note(f"sealed   {len(found.refs.files())} files, {size / 1e6:.1f} MB, each under a key of its own")
     assert isinstance(found.refs, Sealed)

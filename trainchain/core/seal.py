@@ -7,6 +7,7 @@ the file's identity, bound to what it is for.
 import base64
 import binascii
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def new_identity() -> str:
 
 
 def seal(source: Path | bytes, target: Path, identity: str) -> None:
-    """Encrypt a file (streamed) or some bytes into `target`, of mode 0600, whole or not at all."""
+    """Encrypt a file (streamed) or some bytes into `target`, of mode 0600, whole or not at all. Raises OSError."""
     recipient = _identity(identity).to_public()
     draft = target.with_name(f".{target.name}.{os.urandom(4).hex()}")
     try:
@@ -127,6 +128,10 @@ def seal(source: Path | bytes, target: Path, identity: str) -> None:
             with source.open("rb") as plain, draft.open("wb") as sealed:
                 pyrage.encrypt_io(plain, sealed, [recipient])
         draft.replace(target)
+    except pyrage.EncryptError as error:
+        if number := re.search(r"\[Errno (\d+)\]", str(error)):  # the system's word, in age's
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from None
+        raise
     finally:
         draft.unlink(missing_ok=True)
 

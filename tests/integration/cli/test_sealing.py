@@ -1,18 +1,21 @@
 """Whom an owner gives the keys of a private job, and what is asked of a hub before it gets anything."""
 
 import dataclasses
+import errno
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.fixtures_hub import Person, Town, new_wallet, seal_files, sealed_recipe
-from trainchain.cli import wiring
+from trainchain.cli import sealing, wiring
 from trainchain.cli.bring import Bringer
-from trainchain.cli.owner import _missing
+from trainchain.cli.output import Output
+from trainchain.cli.owner import _missing, publish
 from trainchain.cli.plan import Plan
 from trainchain.cli.sealing import Holder, key_holder
 from trainchain.core import seal
@@ -137,6 +140,51 @@ def test_a_sealed_file_is_of_its_user_alone(tmp_path: Path, plain: bytes | str) 
     seal.seal(plain if isinstance(plain, bytes) else source, tmp_path / "sealed", seal.new_identity())
 
     assert (tmp_path / "sealed").stat().st_mode & 0o777 == 0o600
+
+
+FILL = """
+import resource, signal, sys
+from pathlib import Path
+from trainchain.core import seal
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    seal.seal(Path(sys.argv[1]), Path(sys.argv[2]), seal.new_identity())
+except OSError as error:
+    print(error.errno)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits to set")
+def test_a_disk_that_fills_while_a_file_is_sealed_is_told_by_its_number(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(bytes(300_000))
+    command = [sys.executable, "-c", FILL, str(tmp_path / "plain"), str(tmp_path / "sealed")]
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+
+    assert done.stdout.strip() == str(errno.EFBIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+
+
+def test_a_disk_that_fills_is_said_and_nothing_half_sealed_is_left(
+    town: Town, owner: Person, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(_: Plan, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "block").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sealing, "_seal", fill)
+    with closing(owner.client()) as client, closing(wiring.chain_of(client)) as chain:
+        monkeypatch.setattr(wiring, "signed_client", lambda *_: (client, owner.wallet))
+        monkeypatch.setattr(wiring, "chain_of", lambda _: chain)
+        with pytest.raises(TrainChainError) as caught:
+            publish(plan(), owner.settings(tmp_path), Output(json_mode=True), lambda _: None, own_hub=town.keys.address)
+
+    assert caught.value.code == "disk.full"
+    assert "--home" in caught.value.hint
+    assert not list((tmp_path / "submissions").glob("sealed-*"))
 
 
 def test_a_plan_shows_no_key() -> None:
