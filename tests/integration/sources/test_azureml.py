@@ -253,6 +253,8 @@ def test_a_shard_that_the_index_names_and_that_is_not_there_is_named(stub: Stub)
     place(stub, files)
     told = refused(azure(stub), THEIRS, "source.incomplete")
     assert "model-00002-of-00002.safetensors" in told.message
+    place(stub, {**files, "model.safetensors.index.json": b"[" * 100_000})
+    assert "weight_map" in refused(azure(stub), THEIRS, "source.incomplete").message
 
 
 def test_a_model_of_pickles_only_is_refused(stub: Stub) -> None:
