@@ -84,6 +84,6 @@ def license_in(card: Mapping[str, Any]) -> str | None:
     if found == "other" and isinstance(card.get("license_name"), str):
         found = f"other ({card['license_name']})"
     if isinstance(found, list):
-        found = ", ".join(str(one) for one in found)
-    text = "".join(mark for mark in str(found or "") if mark.isprintable())[:100]
+        found = ", ".join(one for one in found if isinstance(one, str))
+    text = "".join(mark for mark in found if mark.isprintable())[:100] if isinstance(found, str) else ""
     return text or None
