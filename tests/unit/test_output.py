@@ -168,3 +168,25 @@ def test_nobody_is_asked_where_nobody_can_answer(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "stdin", io.StringIO())
 
     assert not may_ask()
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["cache"], "trainchain cache --help"),
+        (["data"], "trainchain data --help"),
+        (["data", "inspect", "--rows", "0"], "trainchain data inspect --help"),
+        (["pull"], "trainchain pull --help"),
+        (["nothing"], "trainchain --help"),
+    ],
+)
+def test_a_command_that_lacks_something_says_so_in_one_sentence(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run_command([*words, "--json"] if len(words) > 1 else words) == 2
+
+    talk = said(capsys)[1]
+    error = next(line for line in talk.splitlines() if line.startswith("error["))
+    assert error.endswith((".", "?"))
+    assert "Usage" not in error
+    assert talk.splitlines()[-1] == f"hint: {hint}"

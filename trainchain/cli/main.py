@@ -87,8 +87,12 @@ def run_command(argv: list[str]) -> int:
         output.error(error)
         return error.exit_code
     except TyperException as error:
-        hint = "trainchain --help" if not argv else f"trainchain {argv[0]} --help"
-        output.error(TrainChainError("usage.flag", _sentence(error.format_message()), hint=hint))
+        message = error.format_message()
+        if message.startswith("Usage: "):  # the help of a group of which no command was named
+            output.note(message)
+            message = "No command was named."
+        hint = " ".join(["trainchain", *_command_of(error), "--help"])
+        output.error(TrainChainError("usage.flag", _sentence(message), hint=hint))
         return 2
     except (KeyboardInterrupt, typer.Abort):
         output.note("stopped")
@@ -107,6 +111,16 @@ def run_command(argv: list[str]) -> int:
     if result == 130:  # typer turns an interrupt into this
         output.note("stopped")
     return result if isinstance(result, int) else 0
+
+
+def _command_of(error: TyperException) -> list[str]:
+    """The words of the command that was typed, as far as it was understood."""
+    words: list[str] = []
+    context = getattr(error, "ctx", None)
+    while context is not None and context.parent is not None:
+        words.insert(0, context.info_name)
+        context = context.parent
+    return words
 
 
 def _sentence(text: str) -> str:
