@@ -275,6 +275,22 @@ def test_a_full_disk_is_said_and_nothing_is_left(worker: Worker, monkeypatch: py
     assert not worker.volatile.exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux sets the limits of another process")
+def test_a_disk_that_fills_while_a_shard_is_trained_is_said(worker: Worker) -> None:
+    import resource
+
+    with worker.child() as it:
+        it.event()
+        it.ask(**worker.opening())
+        resource.prlimit(it.process.pid, resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        event = it.ask(**worker.training(1, 0))
+        resource.prlimit(it.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        again = it.ask(**worker.training(1, 0))
+
+    assert (event["code"], again["event"]) == ("disk.full", "done")
+    assert worker.shows() == []
+
+
 @pytest.fixture
 def fleet(worker: Worker) -> Iterator[Callable[[], Child]]:
     """Children of two processes each; they end with their stdin."""

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 Emit = Callable[[dict[str, Any]], None]
 _CLEAR: set[Path] = set()
 """Folders of this process that hold a base in clear; they go with it."""
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""The system's words for a disk, a quota or a file that can take no more."""
 DELTA_FILE = "delta.safetensors"
 END_FILE = "end.safetensors"
 QUIET = {
@@ -153,7 +155,7 @@ def _model_folder(request: Mapping[str, Any]) -> Iterator[Path]:
             seal.unseal_into(Path(file["path"]), file["identity"], folder / Path(file["name"]).name)
         yield folder
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise TrainChainError(
             "disk.full", f"{parent} has no room for the job's private base model.", hint="Free memory or disk space."
@@ -213,6 +215,10 @@ def main() -> None:
             if error.code == "train.out_of_memory" or arguments.processes > 1:
                 os._exit(1)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in FULL and arguments.processes == 1:
+                what = f"The worker's disk has no room: {os.strerror(error.errno)}."
+                emit({"event": "error", "code": "disk.full", "message": what, "hint": "Free space in its home."})
+                continue
             message = type(error).__name__
             if "block" in request or "unseal" in request:  # the library's words may be a row's
                 where = "".join(traceback.format_tb(error.__traceback__))
