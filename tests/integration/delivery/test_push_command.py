@@ -100,6 +100,17 @@ def test_what_cannot_be_done_ends_with_its_code(
     assert not any(repo == "me/x" for _, repo in hub.repos)
 
 
+def test_a_model_hub_that_takes_no_commit_is_said_not_to(typed: Typed, job: Job, hub: Hub) -> None:
+    hub.fail("/commit/", status=503, times=99, headers={"Retry-After": "0"})
+
+    code, out, err = typed("push", "bot", "me/away")
+
+    assert (code, out) == (3, "")
+    assert "did not give or take hf://me/away after 5 tries: it answered 503" in err
+    hub.heal()
+    assert typed("push", "bot", "me/away")[0] == 0
+
+
 def test_no_token_stands_in_anything_that_is_said(typed: Typed, job: Job, hub: Hub) -> None:
     token = hub.token("me")
     for status in (401, 403, 500):

@@ -123,7 +123,7 @@ class Asking:
             hint = "Try again later." if self.token else f"Try again later, or {LOG_IN}: who is signed in may ask more."
         return TrainChainError(
             "source.unavailable",
-            f"{self.host} did not give {address.text} after {self._attempts} tries: {why}{asked}.",
+            f"{self.host} did not give or take {address.text} after {self._attempts} tries: {why}{asked}.",
             hint=hint,
         )
 
