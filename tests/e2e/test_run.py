@@ -116,7 +116,7 @@ def _copies(folder: Path, digest: str) -> list[Path]:
 
 
 def test_interrupted_run_leaves_no_child_and_goes_on_with_the_same_job(machine: Machine, tiny_job: Path) -> None:
-    recipe = write_recipe(tiny_job, "interrupted", rounds=3, steps=60)
+    recipe = write_recipe(tiny_job, "interrupted", rounds=3, steps=200)  # long enough to be interrupted in
     arguments = ["run", str(recipe), "--keep", "state", "-o", "adapter"]
     folder = machine.root / "me"
     folder.mkdir()
