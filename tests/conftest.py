@@ -1,11 +1,13 @@
 """Every test runs with a home of its own, one thread, and nothing of the developer's settings."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy or torch is imported
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job, and then by every child
 KEPT = ("TRAINCHAIN_ANVIL", "TRAINCHAIN_AZURITE")
 """What stays of them: where programs lie that are tested against."""
 
