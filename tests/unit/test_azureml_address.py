@@ -68,7 +68,7 @@ TARGETS = {
     f"{ARM}/models/talker": Asset(HERE, "models", "talker"),
 }
 WRONG: list[tuple[str, Any, str]] = [
-    ("azureml:", "model", "names no version"),
+    ("azureml:", "model", "names nothing"),
     ("azureml:llama", "model", "names no version"),
     ("azureml:llama:", "model", "no version"),
     ("azureml:llama:latest", "model", "latest"),

@@ -127,6 +127,8 @@ def _short(text: str, rest: str, asked: Asked) -> Asset:
     what: What = "data" if asked == "data" else "models"
     if asked == "target":
         return Asset(None, what, _match(text, _NAME, rest, "name of a model without a version, which Azure gives"))
+    if not rest:
+        raise _wrong(text, "names nothing")
     for mark in "@:":
         name, found, tail = rest.partition(mark)
         if found:
