@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from trainchain.core.adapter import adapter_bytes, apply, read_adapter
+from trainchain.core.encodings import encode
 from trainchain.core.models import ResolvedRecipe
 
 COUNTS = {"rows": 9, "tokens": 1000, "supervised": 500}
@@ -80,7 +81,7 @@ class FakeChild:
         far = 1e-4 * (1 + 100 * request["round"] + request["shard"]) if move is None else float(move)
         delta = {name: np.full(tensor.shape, far, np.float32) for name, tensor in start.items()}
         out = Path(request["out"])
-        (out / "delta.safetensors").write_bytes(adapter_bytes(delta))
+        (out / "delta.safetensors").write_bytes(encode(delta, self.recipe.merge.encoding))
         (out / "end.safetensors").write_bytes(adapter_bytes(apply(start, delta)))
         return {
             "event": "done",

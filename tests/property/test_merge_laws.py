@@ -7,9 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from trainchain.core.adapter import Adapter
+from trainchain.core.adapter import Adapter, apply, tensor_specs
+from trainchain.core.encodings import ENCODINGS, decode
 from trainchain.core.errors import TrainChainError
-from trainchain.core.merge import METHODS, Matrix, Update, merge
+from trainchain.core.merge import lowrank
+from trainchain.core.merge.lowrank import Dense, Factors, Matrix, leading, stack
+from trainchain.core.merge.methods import FOR_ROUNDS
+from trainchain.core.merge.updates import Merged, Update, Way
+from trainchain.core.merge.updates import merge as merge_by
 
 MODULE = "base_model.model.layer"
 A, B = MODULE + ".lora_A.weight", MODULE + ".lora_B.weight"
@@ -25,6 +30,11 @@ def adapter(random: np.random.Generator, size: tuple[int, int, int], *, fresh: b
 
 def updates(random: np.random.Generator, size: tuple[int, int, int], count: int) -> list[Update]:
     return [Update(f"{at:064x}", int(random.integers(1, 100)), adapter(random, size)) for at in range(count)]
+
+
+def merge(method: str, start: Adapter, given_: list[Update]) -> Merged:
+    """The mean alone, of every contribution as it is."""
+    return merge_by(Way(method, rule="none"), start, given_)
 
 
 def product(tensors: Mapping[str, NDArray[Any]]) -> Matrix:
@@ -56,7 +66,7 @@ def test_product_mean_is_the_best_low_rank_form_of_the_mean(seed: int, size: tup
     assert merged.truncation[MODULE] == pytest.approx(lost, abs=1e-7)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FOR_ROUNDS)
 @settings(deadline=None, max_examples=60)
 @given(seed=seeds, size=sizes, count=st.integers(1, 5))
 def test_copies_merge_to_themselves(method: str, seed: int, size: tuple[int, int, int], count: int) -> None:
@@ -69,7 +79,7 @@ def test_copies_merge_to_themselves(method: str, seed: int, size: tuple[int, int
     assert merged.truncation[MODULE] < 1e-6
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FOR_ROUNDS)
 @settings(deadline=None, max_examples=60)
 @given(seed=seeds, size=sizes, data=st.data())
 def test_arrival_order_changes_no_bit(method: str, seed: int, size: tuple[int, int, int], data: st.DataObject) -> None:
@@ -152,5 +162,88 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(TrainChainError) as caught:
             merge("product-mean", start, case)
         assert caught.value.code == "merge.unmergeable"
-    with pytest.raises(TrainChainError, match="no merge method"):
+    with pytest.raises(TrainChainError, match="cannot be merged by 'median'"):
         merge("median", start, [good])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@settings(deadline=None, max_examples=30)
+@given(seed=seeds, size=st.tuples(st.integers(1, 4), st.integers(20, 50), st.integers(20, 50)))
+def test_a_krylov_space_finds_what_a_dense_svd_finds(shared: bool, seed: int, size: tuple[int, int, int]) -> None:
+    random = np.random.default_rng(seed)
+    rank, out, into = size
+    b, a = random.normal(size=(out, rank)), random.normal(size=(rank, into))
+    parts = [
+        Factors(shared * b + random.normal(size=b.shape), shared * a + random.normal(size=a.shape)) for _ in range(12)
+    ]
+    product = stack([1 / 12] * 12, parts)
+
+    found = lowrank._krylov(product, rank)
+
+    u, s, vt = np.linalg.svd(product.b @ product.a, full_matrices=False)
+    best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    assert off((found.u[:, :rank] * found.s[:rank]) @ found.vt[:rank], best) < 1e-6
+    rest = found.rest + float(np.sum(found.s[rank:] ** 2))
+    assert rest == pytest.approx(float(np.sum(s[rank:] ** 2)), rel=0.25)
+
+
+def test_a_krylov_space_takes_what_it_cannot_split() -> None:
+    nothing = Dense(np.zeros((30, 40)))
+    same = Dense(np.eye(40))
+
+    assert len(leading(nothing, 4).s) == 0
+    np.testing.assert_allclose(leading(same, 4).s, np.ones(4))
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, size=sizes, factor=st.integers(2, 1000))
+def test_only_the_weights_shares_count(seed: int, size: tuple[int, int, int], factor: int) -> None:
+    random = np.random.default_rng(seed)
+    start, given_ = adapter(random, size), updates(random, size, 4)
+
+    one = merge("product-mean", start, given_).adapter
+    other = merge("product-mean", start, [each._replace(weight=each.weight * factor) for each in given_]).adapter
+
+    assert off(product(other), product(one)) < 1e-5
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, size=sizes)
+def test_a_weight_counts_as_that_many_copies(seed: int, size: tuple[int, int, int]) -> None:
+    random = np.random.default_rng(seed)
+    start, (one, other) = adapter(random, size), updates(random, size, 2)
+    copies = [one._replace(digest=f"{at:064x}", weight=1) for at in range(3)]
+
+    heavy = merge("product-mean", start, [one._replace(weight=3), other._replace(weight=1)]).adapter
+    many = merge("product-mean", start, [*copies, other._replace(weight=1)]).adapter
+
+    assert off(product(many), product(heavy)) < 1e-5
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, size=sizes, rate=st.floats(0.1, 2.0), momentum=st.floats(0.0, 0.9))
+def test_the_outer_step_is_a_heavy_ball(seed: int, size: tuple[int, int, int], rate: float, momentum: float) -> None:
+    random = np.random.default_rng(seed)
+    before, start, given_ = adapter(random, size), adapter(random, size), updates(random, size, 3)
+    way = Way(rule="none", outer_learning_rate=rate, outer_momentum=momentum)
+
+    found = merge_by(way, start, given_, before=before).adapter
+
+    whole = merge("product-mean", start, given_).adapter
+    for name in start:
+        wanted = start[name] + rate * (whole[name] - start[name]) + momentum * (start[name] - before[name])
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("downlink", ENCODINGS)
+@settings(deadline=None, max_examples=20)
+@given(seed=seeds, size=sizes)
+def test_the_start_and_the_step_make_the_adapter(downlink: str, seed: int, size: tuple[int, int, int]) -> None:
+    random = np.random.default_rng(seed)
+    start, given_ = adapter(random, size), updates(random, size, 3)
+
+    merged = merge_by(Way(downlink=downlink), start, given_)
+
+    step = decode(merged.step, downlink, tensor_specs(start))
+    again = apply(start, step)
+    assert all(again[name].tobytes() == merged.adapter[name].tobytes() for name in start)

@@ -260,7 +260,7 @@ def test_samples_need_no_held_out_data() -> None:
         ("sample_tokens", "1025"),
         ("seed", "-1"),
         ("merge", "{method: average}"),
-        ("merge", "{encoding: int4}"),
+        ("merge", "{encoding: int2}"),
         ("pay", "5"),
         ("pay", "{budget: 5}"),
         ("pay", "{token: USDC, per_million_tokens: 1, budget: 5}"),

@@ -19,6 +19,7 @@ from trainchain.cli import (
     data,
     devnet,
     jobs,
+    merge,
     pull,
     push,
     run,
@@ -64,6 +65,7 @@ app.command("serve-gpu")(serve_gpu.serve_gpu)
 app.command("claim")(claim.claim)
 app.command("serve-hub")(serve_hub.serve_hub)
 app.command("train")(train.train)
+app.command("merge")(merge.merge)
 app.add_typer(data.app, name="data")
 app.add_typer(wallet.app, name="wallet")
 app.add_typer(chain.app, name="chain")

@@ -17,7 +17,7 @@ from trainchain.core.models import ResolvedRecipe
 Adapter = dict[str, NDArray[np.float32]]
 """By the names PEFT saves: `base_model.model.<module>.lora_A.weight` (r, in), `.lora_B.weight` (out, r)."""
 
-DTYPES = {"<f4": "F32", "<u2": "BF16"}
+DTYPES = {"<f4": "F32", "<u2": "BF16", "|i1": "I8", "|u1": "U8"}
 PREFIX = "base_model.model."
 A_SUFFIX = ".lora_A.weight"
 B_SUFFIX = ".lora_B.weight"
@@ -50,24 +50,27 @@ def adapter_bytes(tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
 
 
 def tensor_bytes(tensors: Mapping[str, NDArray[Any]]) -> bytes:
-    """The one safetensors form of fp32 arrays, and of uint16 arrays, which hold the bits of bf16.
+    """The one safetensors form of fp32, int8 and uint8 arrays, and of uint16 arrays, which hold the bits of bf16.
 
     Written here and not by the library: digests of these bytes are signed and must not change with its
     version.
     """
+    specs = {name: (DTYPES[array.dtype.str], array.shape, array.nbytes) for name, array in tensors.items()}
+    return b"".join(
+        [tensor_header(specs), *(np.ascontiguousarray(tensors[name]).tobytes() for name in sorted(tensors))]
+    )
+
+
+def tensor_header(specs: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
+    """What `tensor_bytes` begins with, of (safetensors dtype, shape, bytes) by name."""
     header: dict[str, Any] = {}
-    parts: list[bytes] = []
     offset = 0
-    for name in sorted(tensors):
-        kind = DTYPES[tensors[name].dtype.str]
-        data = np.ascontiguousarray(tensors[name]).tobytes()
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + len(data)]}
-        parts.append(data)
-        offset += len(data)
+    for name, (dtype, shape, size) in sorted(specs.items()):
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([struct.pack("<Q", len(text)), text, *parts])
+    return struct.pack("<Q", len(text)) + text
 
 
 def delta(end: Adapter, start: Adapter) -> Adapter:

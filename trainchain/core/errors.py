@@ -114,6 +114,7 @@ CODES: dict[str, Reason] = {
     "delta.extra_tensor": Reason(422, 1, "The delta has a tensor that the adapter has not."),
     "delta.wrong_shape": Reason(422, 1, "A tensor of the delta has another shape than the adapter's."),
     "delta.wrong_dtype": Reason(422, 1, "A tensor of the delta has another dtype than its encoding."),
+    "delta.not_canonical": Reason(422, 1, "The delta's file is not the one its encoding makes of its numbers."),
     "delta.not_finite": Reason(422, 1, "The delta holds NaN or infinity."),
     "delta.out_of_reach": Reason(422, 1, "An element moved further than the optimizer can move it in the shard."),
     "receipt.invalid": Reason(502, 4, "The hub's receipt is not signed by it, or promises another amount."),
@@ -132,6 +133,7 @@ CODES: dict[str, Reason] = {
     "cache.in_use": Reason(409, 1, "A running process uses that part of the cache."),
     "disk.full": Reason(507, 1, "The disk has no room for what is needed."),
     # training
+    "adapter.unreadable": Reason(422, 1, "A folder is no LoRA adapter that PEFT could load."),
     "adapter.unfit": Reason(422, 2, "The adapter is not one of the recipe: of another base, rank, or set of modules."),
     "train.child_died": Reason(500, 1, "The training process ended without a result."),
     "train.out_of_memory": Reason(507, 1, "The shard does not fit this machine's memory."),

@@ -11,7 +11,7 @@ from pydantic.functional_validators import AfterValidator, BeforeValidator
 from trainchain.core.digests import canonical_json, sha256
 from trainchain.core.errors import TrainChainError
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAX_INT = 2**63 - 1
 MAX_TEMPLATE = 1 << 18
 """Characters of a chat template that a recipe may bring."""
@@ -183,7 +183,7 @@ class Sealed(Model):
 
 class Merge(Model):
     method: Literal["product-mean", "factor-mean"]
-    encoding: Literal["fp32"]
+    encoding: Literal["fp32", "bf16", "int8", "int4"]
 
 
 class Pay(Model):

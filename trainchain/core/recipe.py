@@ -139,7 +139,7 @@ class HeldOutEntry(DataEntry):
 
 class MergeEntry(_Strict):
     method: Literal["product-mean", "factor-mean"] = "product-mean"
-    encoding: Literal["fp32"] = "fp32"
+    encoding: Literal["fp32", "bf16", "int8", "int4"] = "int4"
 
 
 class PayEntry(_Strict):

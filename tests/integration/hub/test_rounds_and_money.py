@@ -11,12 +11,12 @@ from tests.fixtures_hub import COIN, INITIAL, Job, Person, Town
 from trainchain.chain.escrow import ChainClient
 from trainchain.chain.settlement import check_against_chain, proof_for, read_leaves
 from trainchain.cli import collect, delivery, wiring
-from trainchain.core import merge
 from trainchain.core.adapter import adapter_bytes, read_adapter
 from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import cashier, rounds, schema
 from trainchain.core.hub.store import Store
+from trainchain.core.merge.updates import Update, Way, merge
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.rewards import job_price, round_price, shard_reward
 
@@ -67,14 +67,14 @@ def test_every_round_merges_to_what_anybody_can_compute(town: Town, anna: Person
     for row in view["rounds_done"]:
         assert (row["state"], row["start"]) == ("merged", start)
         updates = [
-            merge.Update(
+            Update(
                 shard["delta"],
                 recipe.counts[row["round"] - 1][shard["shard"]].tokens,
                 anna.fetch_adapter(shard["delta"]),
             )
             for shard in row["shards"]
         ]
-        merged = merge.merge(recipe.merge.method, anna.fetch_adapter(row["start"]), updates)
+        merged = merge(Way(recipe.merge.method), anna.fetch_adapter(row["start"]), updates)
         assert adapter_bytes(merged.adapter) == anna.fetch(row["adapter"])
         assert row["merge_error"] == max(merged.truncation.values())
         start = row["adapter"]
@@ -323,10 +323,10 @@ def test_a_merge_that_was_not_written_down_comes_out_the_same(town: Town, anna: 
 
 def _merged_by_hand(job: Job, anyone: Person) -> dict[str, np.ndarray]:
     updates = [
-        merge.Update(row["delta"], job.recipe.counts[0][row["shard"]].tokens, anyone.fetch_adapter(row["delta"]))
+        Update(row["delta"], job.recipe.counts[0][row["shard"]].tokens, anyone.fetch_adapter(row["delta"]))
         for row in job.town.rows(schema.contributions, job=job.id)
     ]
-    return merge.merge("product-mean", read_adapter(INITIAL), updates).adapter
+    return merge(Way("product-mean"), read_adapter(INITIAL), updates).adapter
 
 
 def test_a_restarted_hub_goes_on_with_the_same_round(tmp_path: Path) -> None:

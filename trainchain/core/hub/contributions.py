@@ -35,7 +35,8 @@ def delta_cap(hub: Hub, worker: str, lease_id: str) -> int:
     if lease["kind"] != "train":
         raise TrainChainError("object.unexpected", "This lease asks for a figure, not for a file.")
     _still_wanted(hub, lease)
-    return checks.delta_cap(hub.shapes(hub.job(lease["job"])))
+    job = hub.job(lease["job"])
+    return checks.delta_cap(hub.recipe(job).merge.encoding, hub.shapes(job))
 
 
 def keep_delta(hub: Hub, worker: str, lease_id: str, digest: str, spool: Spool) -> dict[str, Any]:
@@ -98,9 +99,9 @@ def contribute(hub: Hub, worker: str, lease_id: str, signed: SignedContribution)
     size = hub.objects.size(delta)
     if size is None:
         raise TrainChainError("delta.missing", f"No bytes were uploaded as {delta}.", hint="Upload the delta first.")
-    if size > checks.delta_cap(hub.shapes(job)):
+    if size > checks.delta_cap(given.encoding, hub.shapes(job)):
         raise TrainChainError("delta.too_large", f"The delta has {size} bytes.")
-    checks.read_delta(hub.objects.get(delta), hub.shapes(job), checks.reach(recipe, lease["round"]))
+    checks.read_delta(hub.objects.get(delta), given.encoding, hub.shapes(job), checks.reach(recipe, lease["round"]))
 
     reward = shard_reward(recipe, lease["round"], lease["shard"])
     receipt_fields = {

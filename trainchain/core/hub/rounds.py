@@ -7,7 +7,6 @@ import time
 
 from sqlalchemy import Connection, insert, select, update
 
-from trainchain.core import merge
 from trainchain.core.adapter import adapter_bytes, read_adapter
 from trainchain.core.checks import reach, read_delta
 from trainchain.core.hub import jobs, schema
@@ -15,6 +14,7 @@ from trainchain.core.hub.contributions import accepted, drop_unnamed, publish_ro
 from trainchain.core.hub.leases import sweep
 from trainchain.core.hub.service import Hub, attempt
 from trainchain.core.hub.store import Row, move, one
+from trainchain.core.merge.updates import Merged, Update, Way, merge
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.rewards import round_price
 from trainchain.core.states import Evaluation, Job, Round, Shard
@@ -130,21 +130,21 @@ def _close(hub: Hub, recipe: ResolvedRecipe, round_: Row, now: float) -> bool:
     return True
 
 
-def merge_round(hub: Hub, job: Row, round_: Row) -> merge.Merged:
+def merge_round(hub: Hub, job: Row, round_: Row) -> Merged:
     """The merged adapter of a round, from its accepted contributions: a pure function of objects that everybody may
     read once the round is merged. Of a private job only the owner and its workers may, so nobody else can recompute
     its merges."""
     recipe, shapes = hub.recipe(job), hub.shapes(job)
     bound = reach(recipe, round_["round"])
     updates = [
-        merge.Update(
+        Update(
             row["delta"],
             recipe.counts[row["round"] - 1][row["shard"]].tokens,
-            read_delta(hub.objects.get(row["delta"]), shapes, bound),
+            read_delta(hub.objects.get(row["delta"]), recipe.merge.encoding, shapes, bound),
         )
         for row in accepted(hub, job["id"], round_["round"])
     ]
-    return merge.merge(recipe.merge.method, read_adapter(hub.objects.get(round_["start"])), updates)
+    return merge(Way(recipe.merge.method), read_adapter(hub.objects.get(round_["start"])), updates)
 
 
 def _merge(hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row) -> bool:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainchain.core.adapter import adapter_bytes, read_adapter
+from trainchain.core.encodings import encode
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import ResolvedRecipe, parse
 
@@ -104,7 +105,7 @@ class Child:
         )
         out = Path(request["out"])
         if engine.leads:
-            _publish(out / DELTA_FILE, adapter_bytes(result.delta))
+            _publish(out / DELTA_FILE, encode(result.delta, engine.recipe.merge.encoding))
             _publish(out / END_FILE, adapter_bytes(result.end))
         return {
             "event": "done",

@@ -321,7 +321,7 @@ class Worker:
             "startHash": "0x" + lease.start,
             "deltaHash": "0x" + digest,
             "stateRoot": result["state_root"],
-            "encoding": "fp32",
+            "encoding": recipe.merge.encoding,
             "numericClass": result["numeric_class"],
         }
         signed = {

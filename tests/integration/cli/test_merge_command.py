@@ -1,0 +1,140 @@
+"""`merge` as it is typed: what is on stdout, what is on stderr, how it ends."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures_adapters import each, off, save_adapter, weight_changes
+from tests.fixtures_model import make_tiny_model
+from trainchain.cli.main import run_command
+
+ROWS = [{"text": "The sky is blue."}, {"text": "A spider has eight legs."}]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def two(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("two")
+    return [str(save_adapter(base, folder / name, seed)) for seed, name in enumerate("ab")]
+
+
+def typed(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    code = run_command(["merge", *map(str, arguments)])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_it_prints_the_folder_and_tells_every_module(
+    two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = typed(capsys, *two, "-o", tmp_path / "out")
+
+    assert (code, out) == (0, f"{tmp_path / 'out'}\n")
+    assert err.count("  error ") == 4
+    assert "4/4  error " in err
+    assert "merged   2 adapters by product-mean, rank 4; largest error" in err
+
+
+def test_it_measures_the_base_the_adapters_and_the_result(
+    base: Path, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+
+    code, said, _ = typed(capsys, *two, "-o", out, "--method", "stacking", "--base", base, "--eval", rows, "--json")
+
+    document = json.loads(said)
+    assert (code, document["ok"], document["rank"]) == (0, True, 8)
+    assert list(document["losses"]) == ["base", *two, str(out)]
+    assert len(set(document["losses"].values())) == 4
+    assert all(0 < loss < 20 for loss in document["losses"].values())
+
+
+def test_the_residual_makes_base_and_adapter_exact_together(
+    base: Path, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    code, _, err = typed(capsys, *two, "-o", out, "--method", "residual", "--base", base)
+
+    exact = each([weight_changes(base, Path(adapter)) for adapter in two], lambda found: (found[0] + found[1]) / 2)
+    plain = weight_changes(base, base_to(out, base))
+    assert code == 0
+    assert "use both" in err
+    assert off(plain, exact) < 1e-4
+
+
+def base_to(out: Path, base: Path) -> Path:
+    """An adapter of the old base that does what new base and adapter do: found by PEFT, as a stack of the two."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    together = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(out / "base"), out).merge_and_unload()
+    old = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
+    folder = save_adapter(base, out.parent / "found", 0, r=32, lora_alpha=32)
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    for name in [name for name in tensors if "lora_A" in name]:
+        weight = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+        change = (dict(together.named_parameters())[weight] - old[weight]).detach()
+        u, s, vt = torch.linalg.svd(change, full_matrices=False)
+        rank = min(32, len(s))
+        a, b = torch.zeros(tensors[name].shape), torch.zeros(tensors[name.replace("lora_A", "lora_B")].shape)
+        a[:rank], b[:, :rank] = vt[:rank], u[:, :rank] * s[:rank]
+        tensors[name], tensors[name.replace("lora_A", "lora_B")] = a, b
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--weights", "0.5;0.5"], "not a list of numbers"),
+        (["--weights", "1,1"], "sum to 2"),
+        (["--method", "mean"], "'mean'"),
+        (["--eval", "rows.jsonl"], "needs the base"),
+        (["--method", "residual"], "needs the base"),
+        (["--base", "nowhere"], "nowhere is not there"),
+        (["--density", "0", "--method", "ties"], "--density"),
+        (["--rank", "0"], "--rank"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_nothing_written(
+    two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    code, out, err = typed(capsys, *two, "-o", tmp_path / "out", *flags)
+
+    assert (code, out) == (2, "")
+    assert words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+from trainchain.cli.main import run_command
+sys.exit(run_command(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_is_told_of_and_nothing_is_left(two: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("resource")
+    command = [sys.executable, "-c", FULL, "merge", *two, "-o", str(tmp_path / "out")]
+
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ))
+
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "error[disk.full]" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []

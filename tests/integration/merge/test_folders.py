@@ -1,0 +1,266 @@
+"""Adapters of PEFT's merged on disk: what comes out, as PEFT loads it; what is refused, leaving nothing behind."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from tests.fixtures_adapters import change_config, each, off, save_adapter, weight_changes
+from tests.fixtures_model import make_tiny_model
+from trainchain.core.adapter import CONFIG_FILE, WEIGHTS_FILE
+from trainchain.core.errors import TrainChainError
+from trainchain.core.merge.folders import merge_folders
+
+SHARES = [0.5, 0.3, 0.2]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def three(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("three")
+    return [save_adapter(base, folder / name, seed) for seed, name in enumerate("abc")]
+
+
+def mean_of(base: Path, adapters: list[Path], shares: list[float]) -> dict[str, np.ndarray]:
+    changes = [weight_changes(base, adapter) for adapter in adapters]
+    return each(changes, lambda found: sum(s * f.astype(np.float64) for s, f in zip(shares, found, strict=True)))
+
+
+def truncated(matrix: np.ndarray, rank: int) -> np.ndarray:
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vt[:rank]
+
+
+def test_a_stack_is_the_exact_mean(base: Path, three: list[Path], tmp_path: Path) -> None:
+    document = merge_folders(three, tmp_path / "out", method="stacking", weights=SHARES)
+
+    assert off(weight_changes(base, tmp_path / "out"), mean_of(base, three, SHARES)) < 1e-5
+    assert document["rank"] == 12
+    assert set(document["errors"].values()) == {0.0}
+
+
+@pytest.mark.parametrize("rank", [None, 2, 7, 12])
+def test_the_product_mean_is_the_best_of_its_rank(
+    base: Path, three: list[Path], tmp_path: Path, rank: int | None
+) -> None:
+    document = merge_folders(three, tmp_path / "out", weights=SHARES, rank=rank)
+
+    exact = mean_of(base, three, SHARES)
+    best = {name: truncated(matrix, rank or 4) for name, matrix in exact.items()}
+    assert off(weight_changes(base, tmp_path / "out"), best) < 1e-5
+    errors = {f"{module}.weight": error for module, error in document["errors"].items()}
+    for name, matrix in exact.items():
+        lost = np.linalg.norm(matrix - best[name]) / np.linalg.norm(matrix)
+        assert errors[name] == pytest.approx(lost, abs=1e-5)
+
+
+def test_a_mean_of_copies_is_what_it_is_a_mean_of(base: Path, three: list[Path], tmp_path: Path) -> None:
+    """PEFT's own `linear` with these weights gives the sum of them."""
+    for method in ("product-mean", "factor-mean"):
+        merge_folders([three[0]] * 4, tmp_path / method, method=method)
+        assert off(weight_changes(base, tmp_path / method), weight_changes(base, three[0])) < 1e-5
+
+
+def test_ranks_and_scales_mix_by_their_products(base: Path, three: list[Path], tmp_path: Path) -> None:
+    other = save_adapter(base, tmp_path / "other", 9, r=6, lora_alpha=3, rank_pattern={"layers.0.self_attn.q_proj": 2},
+                         alpha_pattern={"layers.0.self_attn.q_proj": 5})  # fmt: skip
+    half = save_adapter(base, tmp_path / "half", 10, dtype=torch.bfloat16)
+
+    document = merge_folders([three[0], other, half], tmp_path / "out", method="stacking", weights=SHARES)
+    merge_folders([three[0], other, half], tmp_path / "low", weights=SHARES)
+
+    exact = mean_of(base, [three[0], other, half], SHARES)
+    assert off(weight_changes(base, tmp_path / "out"), exact) < 1e-5
+    assert document["rank"] == 14
+    best = {name: truncated(matrix, 6) for name, matrix in exact.items()}
+    assert off(weight_changes(base, tmp_path / "low"), best) < 1e-5
+
+
+def test_the_order_of_the_folders_changes_no_byte(three: list[Path], tmp_path: Path) -> None:
+    for method in ("product-mean", "factor-mean", "stacking", "ties", "dare"):
+        one = merge_folders(three, tmp_path / f"{method}-1", method=method, weights=SHARES)
+        turned = merge_folders([three[2], three[0], three[1]], tmp_path / f"{method}-2", method=method,
+                               weights=[SHARES[2], SHARES[0], SHARES[1]])  # fmt: skip
+        assert one["sha256"] == turned["sha256"]
+
+
+def test_ties_elects_a_sign_for_every_number(base: Path, three: list[Path], tmp_path: Path) -> None:
+    merge_folders(three, tmp_path / "out", method="ties", rank=32)
+
+    def ties(found: list[np.ndarray]) -> np.ndarray:
+        kept = []
+        for change in found:
+            least = np.sort(np.abs(change), axis=None)[::-1][round(0.2 * change.size) - 1]
+            kept.append(np.where(np.abs(change) >= least, change, 0))
+        sign = np.sign(sum(kept))
+        agree = [np.where(np.sign(change) == sign, change, 0) for change in kept]
+        counts = sum(change != 0 for change in agree)
+        return sum(agree) / np.maximum(counts, 1)
+
+    wanted = each([weight_changes(base, adapter) for adapter in three], ties)
+    assert off(weight_changes(base, tmp_path / "out"), wanted) < 1e-3
+
+
+def test_dare_keeps_the_mean_and_drops_the_same_numbers_again(base: Path, three: list[Path], tmp_path: Path) -> None:
+    one = merge_folders(three, tmp_path / "1", method="dare", density=0.5, rank=32)
+    again = merge_folders(three, tmp_path / "2", method="dare", density=0.5, rank=32)
+    merge_folders(three, tmp_path / "all", method="dare", density=1.0, rank=12)
+
+    assert one["sha256"] == again["sha256"]
+    exact = mean_of(base, three, [1 / 3] * 3)
+    assert off(weight_changes(base, tmp_path / "all"), exact) < 1e-5
+    dropped = weight_changes(base, tmp_path / "1")
+    for name, wanted in exact.items():
+        assert float(np.vdot(dropped[name], wanted) / np.vdot(wanted, wanted)) == pytest.approx(1, abs=0.2)
+        assert 0.3 < np.linalg.norm(dropped[name] - wanted) / np.linalg.norm(wanted) < 1.5
+
+
+def test_the_result_stands_beside_its_tokenizer_and_names_its_base(
+    base: Path, three: list[Path], tmp_path: Path
+) -> None:
+    copies = [shutil.copytree(adapter, tmp_path / adapter.name) for adapter in three]
+    shutil.copyfile(base / "tokenizer.json", copies[1] / "tokenizer.json")
+
+    merge_folders(copies, tmp_path / "out")
+
+    config = json.loads((tmp_path / "out" / CONFIG_FILE).read_bytes())
+    assert config["base_model_name_or_path"] == str(base)
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8, "LORA")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, "tokenizer.json"}
+
+
+Spoil = Callable[[Path], Any]
+
+
+def spoil_weights(change: Callable[[dict[str, np.ndarray]], Any]) -> Spoil:
+    def spoil(folder: Path) -> None:
+        tensors = safetensors.numpy.load_file(folder / WEIGHTS_FILE)
+        change(tensors)
+        safetensors.numpy.save_file(tensors, folder / WEIGHTS_FILE)
+
+    return spoil
+
+
+def first(tensors: dict[str, np.ndarray]) -> str:
+    return min(tensors)
+
+
+def cut(folder: Path) -> None:
+    data = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(data[:-10])
+
+
+def config(**changes: Any) -> Spoil:
+    return lambda folder: change_config(folder, **changes)
+
+
+UNREADABLE: dict[str, tuple[Spoil, str]] = {
+    "a false rank": (config(r=5), "rank 4"),
+    "an odd alpha": (config(lora_alpha="8"), "lora_alpha"),
+    "no configuration": (lambda folder: (folder / CONFIG_FILE).unlink(), CONFIG_FILE),
+    "no JSON": (lambda folder: (folder / CONFIG_FILE).write_text("{"), "JSON"),
+    "a list": (lambda folder: (folder / CONFIG_FILE).write_text("[]"), "JSON"),
+    "no weights": (lambda folder: (folder / WEIGHTS_FILE).unlink(), WEIGHTS_FILE),
+    "a file that was cut": (cut, "cut"),
+    "no safetensors": (lambda folder: (folder / WEIGHTS_FILE).write_bytes(b"\x80\x04pickle"), "cut"),
+    "an empty file": (lambda folder: (folder / WEIGHTS_FILE).write_bytes(b""), "cut"),
+    "no tensors": (spoil_weights(dict.clear), "no tensor"),
+    "half a pair": (spoil_weights(lambda t: t.pop(first(t))), "pair"),
+}
+UNMERGEABLE: dict[str, tuple[Spoil, str]] = {
+    "another base": (config(base_model_name_or_path="other/base"), "different bases"),
+    "another revision": (config(revision="abc"), "different bases"),
+    "DoRA": (config(use_dora=True), "DoRA"),
+    "biases": (config(bias="all"), "biases"),
+    "a bias of its own": (config(lora_bias=True), "biases"),
+    "whole modules": (config(modules_to_save=["lm_head"]), "modules_to_save"),
+    "another scale of rsLoRA": (config(use_rslora=True), "rsLoRA"),
+    "a changed base": (config(init_lora_weights="pissa"), "pissa"),
+    "no LoRA": (config(peft_type="IA3"), "IA3"),
+    "a pattern": (config(alpha_pattern={".*q_proj": 2}), "alpha_pattern"),
+    "another tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizers"),
+    "fewer modules": (spoil_weights(lambda t: [t.pop(name) for name in list(t) if "layers.1." in name]), "modules"),
+    "a tensor besides": (spoil_weights(lambda t: t.update(x=np.ones(2))), "'x'"),
+    "NaN": (spoil_weights(lambda t: t.update({first(t): t[first(t)] * np.nan})), "NaN"),
+    "other widths": (spoil_weights(lambda t: t.update({first(t): np.ones((4, 3), np.float32)})), "different bases"),
+    "integers": (spoil_weights(lambda t: t.update({first(t): t[first(t)].astype(np.int8)})), "I8"),
+}
+BAD = {name: (spoil, "adapter.unreadable", word) for name, (spoil, word) in UNREADABLE.items()} | {
+    name: (spoil, "merge.unmergeable", word) for name, (spoil, word) in UNMERGEABLE.items()
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_one_bad_adapter_is_named_and_nothing_is_left(base: Path, three: list[Path], tmp_path: Path, what: str) -> None:
+    spoil, code, word = BAD[what]
+    copies = [shutil.copytree(adapter, tmp_path / "in" / adapter.name) for adapter in three]
+    for copy in copies:
+        shutil.copyfile(base / "tokenizer.json", copy / "tokenizer.json")
+    spoil(copies[1])
+
+    with pytest.raises(TrainChainError) as caught:
+        merge_folders(copies, tmp_path / "out" / "merged")
+
+    assert caught.value.code == code
+    assert word in caught.value.message
+    assert str(copies[1]) in caught.value.message
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def refused(code: str, *arguments: Any, **options: Any) -> TrainChainError:
+    with pytest.raises(TrainChainError) as caught:
+        merge_folders(*arguments, **options)
+    assert caught.value.code == code
+    return caught.value
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.5, 0.7, -0.2], [0.5, 0.5, float("nan")], [1, 2, 3], [0, 0, 0]])
+def test_weights_that_are_no_shares_are_refused(three: list[Path], tmp_path: Path, weights: list[float]) -> None:
+    error = refused("usage.flag", three, tmp_path / "out", weights=weights)
+
+    assert "--weights" in error.message
+    if sum(weights) == 6:
+        assert error.hint == "--weights 0.166667,0.333333,0.5"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hint_s_weights_are_taken(three: list[Path], tmp_path: Path) -> None:
+    merge_folders(three, tmp_path / "out", weights=[0.166667, 0.333333, 0.5])
+
+
+def test_what_makes_no_merge_is_refused(base: Path, three: list[Path], tmp_path: Path) -> None:
+    other = save_adapter(base, tmp_path / "other", 9, r=6, lora_alpha=12)
+    scaled = save_adapter(base, tmp_path / "scaled", 9, lora_alpha=4)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    out = tmp_path / "out"
+
+    assert "One adapter" in refused("usage.flag", three[:1], out).message
+    assert "One adapter" in refused("usage.flag", [], out).message
+    assert "4, 6" in refused("merge.unmergeable", [three[0], other], out, method="factor-mean").message
+    assert "mix scales" in refused("merge.unmergeable", [three[0], scaled], out, method="factor-mean").message
+    assert "'mean'" in refused("usage.flag", three, out, method="mean").message
+    assert "rank" in refused("usage.flag", three, out, method="stacking", rank=4).message
+    assert "--rank" in refused("usage.flag", three, out, rank=0).message
+    assert "not empty" in refused("usage.flag", three, tmp_path / "full").message
+    assert "nowhere" in refused("adapter.unreadable", [three[0], tmp_path / "nowhere"], out).message
+    assert not out.exists()
+    assert (tmp_path / "full" / "file").read_text() == "mine"
+
+
+def test_a_base_that_was_named_makes_two_names_one(three: list[Path], tmp_path: Path) -> None:
+    renamed = change_config(shutil.copytree(three[1], tmp_path / "renamed"), base_model_name_or_path="org/base")
+
+    merge_folders([three[0], renamed], tmp_path / "out", any_base=True)
+
+    assert (tmp_path / "out" / WEIGHTS_FILE).exists()

@@ -1,0 +1,143 @@
+"""What holds of every encoding of a delta, whatever the numbers."""
+
+import contextlib
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainchain.core.adapter import Adapter, tensor_bytes
+from trainchain.core.encodings import BITS, BLOCK, ENCODINGS, SPREAD, decode, encode, encoded_size, ideal_size
+from trainchain.core.errors import TrainChainError
+
+every = pytest.mark.parametrize("encoding", ENCODINGS)
+seeds = st.integers(0, 2**32 - 1)
+sizes = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 150)), min_size=1, max_size=4)
+magnitudes = st.integers(-40, 37)
+EXACT = {"fp32": 0.0, "bf16": 2.0**-8}
+
+
+def delta(seed: int, size: list[tuple[int, int]], magnitude: int) -> Adapter:
+    """Numbers of all orders up to a power of ten, some of them 0 or -0."""
+    random = np.random.default_rng(seed)
+    made: Adapter = {}
+    for at, shape in enumerate(size):
+        numbers = random.normal(size=shape) * 10.0 ** (magnitude - random.integers(0, 8, size=shape))
+        numbers[random.random(shape) < 0.1] = random.choice([0.0, -0.0])
+        made[f"module{at}.weight"] = numbers.astype(np.float32)
+    return made
+
+
+def shapes(made: Adapter) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in made.items()}
+
+
+def refused(data: bytes, encoding: str, made: Adapter) -> str:
+    with pytest.raises(TrainChainError) as caught:
+        decode(data, encoding, shapes(made))
+    return caught.value.code
+
+
+@every
+@settings(deadline=None, max_examples=100)
+@given(seed=seeds, size=sizes, magnitude=magnitudes)
+def test_what_was_decoded_has_the_same_bytes_again(
+    encoding: str, seed: int, size: list[tuple[int, int]], magnitude: int
+) -> None:
+    made = delta(seed, size, magnitude)
+    data = encode(made, encoding)
+
+    again = decode(data, encoding, shapes(made))
+
+    assert encode(again, encoding) == data
+    assert len(data) == encoded_size(encoding, shapes(made))
+    assert encode(dict(reversed(made.items())), encoding) == data
+
+
+@every
+@settings(deadline=None, max_examples=100)
+@given(seed=seeds, size=sizes, magnitude=magnitudes)
+def test_every_number_comes_back_as_near_as_its_block_allows(
+    encoding: str, seed: int, size: list[tuple[int, int]], magnitude: int
+) -> None:
+    made = delta(seed, size, magnitude)
+
+    again = decode(encode(made, encoding), encoding, shapes(made))
+
+    for name, tensor in made.items():
+        flat, back = tensor.ravel().astype(np.float64), again[name].ravel().astype(np.float64)
+        if encoding in EXACT:
+            assert np.all(np.abs(back - flat) <= EXACT[encoding] * np.abs(flat) + 2.0**-126)
+            continue
+        top = (1 << (BITS[encoding] - 1)) - 1
+        for at in range(0, flat.size, BLOCK):
+            furthest = float(np.abs(flat[at : at + BLOCK]).max())
+            assert (
+                np.abs(back[at : at + BLOCK] - flat[at : at + BLOCK]).max() <= furthest * (0.5 / top + SPREAD) + 2e-30
+            )
+            assert np.abs(back[at : at + BLOCK]).max() <= furthest * (1 + SPREAD)
+
+
+@every
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, size=sizes, data=st.data())
+def test_a_changed_byte_changes_the_numbers_or_is_refused(
+    encoding: str, seed: int, size: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    made = delta(seed, size, 0)
+    file = bytearray(encode(made, encoding))
+    at = data.draw(st.integers(0, len(file) - 1))
+    file[at] ^= data.draw(st.integers(1, 255))
+
+    with contextlib.suppress(TrainChainError):
+        again = decode(bytes(file), encoding, shapes(made))
+        assert encode(again, encoding) == bytes(file), "two files stand for one delta"
+
+
+@every
+def test_no_file_is_much_larger_than_its_numbers(encoding: str) -> None:
+    small = {f"base_model.model.layer{at}.lora_A.weight": (8, 192) for at in range(6)}
+    large = {f"base_model.model.layer{at}.lora_A.weight": (16, 4096) for at in range(448)}
+
+    for made in (small, large):
+        assert encoded_size(encoding, made) <= 1.05 * ideal_size(encoding, made)
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "int8", "int4"])
+def test_other_writings_of_the_same_numbers_are_refused(encoding: str) -> None:
+    made = {"a": np.array([[1.0, -2.0, 0.25]], np.float32)}
+    data = encode(made, encoding)
+    longer = len(data).to_bytes(8, "little")
+
+    assert refused(data[:8] + b" " + data[8:], encoding, made) == "delta.not_safetensors"
+    header = int.from_bytes(data[:8], "little")
+    spaced = (header + 8).to_bytes(8, "little") + data[8 : 8 + header] + b" " * 8 + data[8 + header :]
+    assert refused(spaced, encoding, made) == "delta.not_canonical"
+    assert refused(longer, encoding, made) == "delta.not_safetensors"
+
+
+def test_a_block_that_could_be_written_with_a_smaller_scale_is_refused() -> None:
+    made = {"a": np.zeros((1, 4), np.float32)}
+    one = np.array([0x3F80], "<u2")
+    halves = tensor_bytes({"codes": np.array([0x99, 0x88], np.uint8), "scales": one})
+    nothing = tensor_bytes({"codes": np.array([0x88, 0x88], np.uint8), "scales": one})
+    lowest = tensor_bytes({"codes": np.array([0x80, 0x88], np.uint8), "scales": one})
+
+    assert {refused(data, "int4", made) for data in (halves, nothing, lowest)} == {"delta.not_canonical"}
+
+
+@pytest.mark.parametrize("bits", [0x7F80, 0x7FC0, 0xFF80])
+def test_a_scale_that_is_no_number_is_refused(bits: int) -> None:
+    made = {"a": np.ones((1, 2), np.float32)}
+    data = tensor_bytes({"codes": np.array([0x9F], np.uint8), "scales": np.array([bits], "<u2")})
+
+    assert refused(data, "int4", made) == "delta.not_finite"
+
+
+@every
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_nothing_that_is_not_finite_is_encoded(encoding: str, odd: float) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        encode({"a": np.array([[odd, 1.0]], np.float32)}, encoding)

@@ -1,0 +1,115 @@
+"""What `merge` does between its flags and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainchain.cli.output import Output
+from trainchain.core.errors import TrainChainError
+
+if TYPE_CHECKING:
+    from trainchain.core.merge.peft_folder import AdapterFolder
+
+CHANGED_BASE = "base"
+"""Beside an adapter merged with `residual`: the base that it belongs to."""
+
+
+def merge(
+    adapters: list[Path],
+    output: Path,
+    out: Output,
+    *,
+    method: str,
+    weights: str | None,
+    rank: int | None,
+    density: float | None,
+    base: Path | None,
+    eval_: Path | None,
+    rows: int,
+) -> dict[str, Any]:
+    """Merge, tell of every module, and measure where that was asked for."""
+    from trainchain.core.merge.folders import merge_folders
+
+    if (eval_ is not None or method == "residual") and base is None:
+        raise TrainChainError("usage.flag", f"{'--eval' if eval_ else 'residual'} needs the base.", hint="--base DIR")
+    for path in (path for path in (base, eval_) if path is not None and not path.exists()):
+        raise TrainChainError("usage.file", f"{path} is not there.", hint="Check the path.")
+
+    def told(done: int, count: int, module: str, error: float) -> None:
+        out.note(f"{done:>4}/{count}  error {error:.2e}  {module}")
+
+    residual = method == "residual"
+    document = merge_folders(
+        adapters,
+        output,
+        method="factor-mean" if residual else method,
+        weights=_numbers(weights),
+        rank=rank,
+        density=density,
+        any_base=base is not None,
+        on_module=told,
+        beside=partial(_fold_residual, base, out) if residual and base is not None else None,
+    )
+    worst = max(document["errors"], key=document["errors"].__getitem__)
+    out.note(
+        f"merged   {len(adapters)} adapters by {method}, rank {document['rank']}; "
+        f"largest error {document['errors'][worst]:.2e}, in {worst}"
+    )
+    if residual:
+        document |= {"method": method, "base": str(output / CHANGED_BASE)}
+        out.note(f"base     {document['base']}  what the adapter lacks of the exact mean is folded into it: use both")
+    if base is not None and eval_ is not None:
+        document["losses"] = _measure(base, eval_, adapters, output, residual, out, rows)
+    return document
+
+
+def _fold_residual(
+    base: Path, out: Output, making: Path, adapters: Sequence[AdapterFolder], shares: list[float]
+) -> None:
+    from trainchain.cli.plan import hush
+    from trainchain.core.adapter import PREFIX
+    from trainchain.core.merge.folders import residual_adapter
+    from trainchain.core.models import FileRef, Lora
+    from trainchain.core.train.fold import fold
+
+    hush()
+    adapter, rank = residual_adapter(adapters, shares)
+    targets = [module.removeprefix(PREFIX) for module in adapters[0].modules]
+    none = FileRef(name="initial.safetensors", sha256="0" * 64, size=0)
+    (making / CHANGED_BASE).mkdir()
+    out.note(f"base     folding the residual, of rank {rank}, into {base}")
+    fold(base, adapter, Lora(r=rank, alpha=rank, targets=targets, initial=none), making / CHANGED_BASE)
+
+
+def _measure(
+    base: Path, rows_of: Path, adapters: list[Path], result: Path, residual: bool, out: Output, rows: int
+) -> dict[str, float]:
+    """The held-out losses of the base, of what was merged, and of the result."""
+    from trainchain.cli.plan import hush
+    from trainchain.core.train.compare import held_out_losses
+
+    hush()
+    names = ["base", *map(str, adapters)] + ([] if residual else [str(result)])
+    wanted = adapters if residual else [*adapters, result]
+    losses: dict[str, float] = {}
+    for name, loss in zip(names, held_out_losses(base, rows_of, wanted, limit=rows), strict=True):
+        losses[name] = loss
+        out.note(f"loss     {loss:.4f}  {name}")
+    if residual:
+        losses[str(result)] = list(held_out_losses(result / CHANGED_BASE, rows_of, [result], limit=rows))[1]
+        out.note(f"loss     {losses[str(result)]:.4f}  {result} on its own base")
+    return losses
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise TrainChainError(
+            "usage.flag", f"--weights {text[:60]!r} is not a list of numbers.", hint="--weights 0.7,0.3"
+        ) from None

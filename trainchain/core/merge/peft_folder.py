@@ -1,0 +1,199 @@
+"""A LoRA adapter as PEFT keeps it in a folder, looked at without trusting it. Needs numpy and safetensors."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from trainchain.core.adapter import A_SUFFIX, B_SUFFIX, CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from trainchain.core.digests import sha256_file
+from trainchain.core.errors import TrainChainError
+from trainchain.core.merge.lowrank import Factors
+from trainchain.core.segments import from_bf16
+
+MAX_CONFIG = 1 << 20
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""Initialisations of LoRA that leave the base as it is."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+_MODULE = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight")
+
+
+class Slot(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """One adapter as its folder has it, looked at and not yet read. `scales` are by module."""
+
+    path: Path
+    config: Mapping[str, Any]
+    slots: Mapping[str, Slot]
+    scales: Mapping[str, float]
+
+    @property
+    def base(self) -> str:
+        """What its configuration calls the base, to people."""
+        name, revision = self.config.get("base_model_name_or_path"), self.config.get("revision")
+        return str(name)[:200] + (f" at {str(revision)[:60]}" if revision else "")
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The digest of the tokenizer that it brings, if it brings one."""
+        file = self.path / TOKENIZER_FILES[0]
+        return sha256_file(file) if file.is_file() else None
+
+    @property
+    def modules(self) -> list[str]:
+        """In the order of their tensors in a file that is sorted by name."""
+        return sorted(self.scales, key=lambda module: module + A_SUFFIX)
+
+    def rank(self, module: str) -> int:
+        return self.slots[module + A_SUFFIX].shape[0]
+
+    def raw(self, file: BinaryIO, module: str) -> tuple[bytes, bytes]:
+        """B and A as they lie in the file."""
+        found = []
+        for suffix in (B_SUFFIX, A_SUFFIX):
+            slot = self.slots[module + suffix]
+            file.seek(slot.offset)
+            found.append(file.read(slot.size))
+        return found[0], found[1]
+
+    def factors(self, raw: tuple[bytes, bytes], module: str) -> Factors:
+        """In float64, the scale in B. Raises TrainChainError merge.unmergeable on numbers that are not finite."""
+        made = []
+        for suffix, data in zip((B_SUFFIX, A_SUFFIX), raw, strict=True):
+            slot = self.slots[module + suffix]
+            values = _numbers(data, slot)
+            if not np.isfinite(values).all():
+                raise unmergeable(self.path, f"{module.removeprefix(PREFIX)} holds NaN or infinity")
+            made.append(values)
+        return Factors(made[0] * self.scales[module], made[1])
+
+
+def look(path: Path) -> AdapterFolder:
+    """Read the configuration and the header of an adapter's folder.
+
+    Raises TrainChainError: adapter.unreadable for what is no LoRA folder of PEFT's; merge.unmergeable, naming it, for
+    what no product of two matrices says (DoRA, biases, modules_to_save, embeddings, changed bases).
+    """
+    config = _config(path)
+    weights = path / WEIGHTS_FILE
+    slots = _slots(weights)
+    _refuse_more_than_lora(path, config, slots)
+    scales: dict[str, float] = {}
+    for name in slots:
+        if _MODULE.fullmatch(name) is None:
+            raise unmergeable(path, f"it has the tensor {name[:200]!r}, which is no lora_A or lora_B of a linear layer")
+        module = name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX)
+        a, b = slots.get(module + A_SUFFIX), slots.get(module + B_SUFFIX)
+        if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+            raise _unreadable(
+                path, f"{module.removeprefix(PREFIX)[:200]} is not a pair of matrices (out, r) and (r, in)"
+            )
+        scales[module] = _scale(path, config, module.removeprefix(PREFIX), a.shape[0])
+    if not scales:
+        raise _unreadable(path, f"{WEIGHTS_FILE} holds no tensor")
+    return AdapterFolder(path, config, slots, scales)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG_FILE
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(MAX_CONFIG + 1)
+        found = json.loads(data) if len(data) <= MAX_CONFIG else None
+    except OSError as error:
+        raise _unreadable(path, f"{CONFIG_FILE} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise _unreadable(path, f"{CONFIG_FILE} is no JSON object")
+    return found
+
+
+def _slots(file: Path) -> dict[str, Slot]:
+    """Where each tensor lies. The library checks the header; what it says is only then believed."""
+    folder = file.parent
+    try:
+        with safe_open(file, framework="np"):
+            pass
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+    except OSError as error:
+        raise _unreadable(folder, f"{file.name} cannot be read ({error.strerror or error})") from None
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise _unreadable(folder, f"{file.name} is not safetensors, or was cut ({str(error)[:200]})") from None
+    slots: dict[str, Slot] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] not in _DTYPES:
+            raise unmergeable(
+                folder, f"{name[:200]} is {entry['dtype']}, which is no floating point of 16 bits or more"
+            )
+        slots[name] = Slot(entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+    return slots
+
+
+def _refuse_more_than_lora(path: Path, config: Mapping[str, Any], slots: Mapping[str, Slot]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise unmergeable(path, f"its peft_type is {str(config.get('peft_type'))[:60]!r}, not LORA")
+    if config.get("use_dora") or any("lora_magnitude_vector" in name for name in slots):
+        raise unmergeable(path, "it is a DoRA adapter: its magnitudes belong to one direction and have no mean")
+    if config.get("bias", "none") != "none" or config.get("lora_bias") or any(".bias" in name for name in slots):
+        raise unmergeable(path, "it trained biases, which are not part of B·A")
+    if config.get("modules_to_save"):
+        names = ", ".join(map(str, config["modules_to_save"]))[:200]
+        raise unmergeable(path, f"it has modules_to_save ({names}): whole weights, not a change of low rank")
+    if any("lora_embedding" in name for name in slots) or config.get("trainable_token_indices"):
+        raise unmergeable(path, "it trained embeddings")
+    start = config.get("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        raise unmergeable(path, f"init_lora_weights {str(start)[:60]!r} changed its base")
+
+
+def _scale(path: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
+    """What the product is multiplied by: alpha / r, or alpha / sqrt(r) of rsLoRA (arXiv 2312.03732)."""
+    told = _of_pattern(path, config, "rank_pattern", module, config.get("r"))
+    alpha = _of_pattern(path, config, "alpha_pattern", module, config.get("lora_alpha"))
+    if told != rank or isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise _unreadable(path, f"{module[:200]} has rank {rank}; {CONFIG_FILE} says r {told} and lora_alpha {alpha}")
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _of_pattern(path: Path, config: Mapping[str, Any], key: str, module: str, usual: Any) -> Any:
+    """A value of one module: PEFT takes the first name in the pattern that the module's ends with."""
+    pattern = config.get(key) or {}
+    if not isinstance(pattern, dict) or not all(re.fullmatch(r"[\w.]+", name) for name in pattern):
+        raise unmergeable(path, f"its {key} is not made of modules' names")
+    return next((value for name, value in pattern.items() if f".{module}".endswith(f".{name}")), usual)
+
+
+def _numbers(data: bytes, slot: Slot) -> NDArray[np.float64]:
+    values = np.frombuffer(data, _DTYPES[slot.dtype])
+    if slot.dtype == "BF16":
+        values = from_bf16(values)
+    return values.astype(np.float64).reshape(slot.shape)
+
+
+def _unreadable(path: Path, why: str) -> TrainChainError:
+    return TrainChainError("adapter.unreadable", f"{path} is no adapter that PEFT could load: {why}.")
+
+
+def unmergeable(path: Path, why: str) -> TrainChainError:
+    return TrainChainError("merge.unmergeable", f"{path} cannot be merged exactly: {why}.")

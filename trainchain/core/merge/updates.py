@@ -1,0 +1,139 @@
+"""Merging a round's contributions into the next adapter. Needs numpy.
+
+Sums run in float64 in the order of the contributions' digests, so that arrival order cannot matter; the result is
+float32. Weights are the hub's pinned counts, never a worker's word.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from trainchain.core.adapter import A_SUFFIX, B_SUFFIX, Adapter, apply, tensor_specs
+from trainchain.core.encodings import decode, encode
+from trainchain.core.errors import TrainChainError
+from trainchain.core.merge.lowrank import ROUNDING, Factors, distance, stack
+from trainchain.core.merge.methods import FOR_ROUNDS, METHODS, Wanted
+from trainchain.core.merge.robust import COORDINATES, RULES, Judged, Share, inner_products, plain
+
+
+def modules_of(adapter: Adapter) -> list[str]:
+    """The names of an adapter's modules, as PEFT saves them. Raises TrainChainError merge.unmergeable on all else."""
+    found = sorted(name.removesuffix(A_SUFFIX) for name in adapter if name.endswith(A_SUFFIX))
+    if not found or set(adapter) != {module + suffix for module in found for suffix in (A_SUFFIX, B_SUFFIX)}:
+        raise TrainChainError("merge.unmergeable", "The start adapter is not made of lora_A and lora_B pairs.")
+    return found
+
+
+def factors_of(adapter: Adapter, module: str) -> Factors:
+    return Factors(adapter[module + B_SUFFIX].astype(np.float64), adapter[module + A_SUFFIX].astype(np.float64))
+
+
+class Update(NamedTuple):
+    """One accepted contribution: its delta's digest, its weight, its delta."""
+
+    digest: str
+    weight: float
+    delta: Adapter
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a job merges: what its recipe says under `merge`."""
+
+    method: str = "product-mean"
+    rule: str = "none"
+    outer_learning_rate: float = 1.0
+    outer_momentum: float = 0.0
+    downlink: str = "fp32"
+
+
+class Merged(NamedTuple):
+    """The next adapter; the encoded step to it from the start; per module the relative distance of the merge's B·A from
+    what its method stands for; by digest what became of each contribution."""
+
+    adapter: Adapter
+    step: bytes
+    truncation: dict[str, float]
+    shares: dict[str, Share]
+
+
+def merge(way: Way, start: Adapter, updates: Sequence[Update], *, before: Adapter | None = None) -> Merged:
+    """The adapter of the next round: contributions, then the outer step, then what its encoding makes of that.
+
+    `before` is what the round before this one started from. Raises TrainChainError merge.unmergeable on what does not
+    fit.
+    """
+    _check(way, start, updates)
+    updates = sorted(updates, key=lambda update: (update.digest, update.weight))
+    begins = {module: factors_of(start, module) for module in modules_of(start)}
+    shares = RULES.get(way.rule, plain)(_judged(begins, updates))
+    weights = [update.weight * share.weight for update, share in zip(updates, shares, strict=True)]
+    total = sum(weights)
+    parts = [weight / total * share.scale for weight, share in zip(weights, shares, strict=True)]
+    merged: Adapter = {}
+    truncation: dict[str, float] = {}
+    for module, begin in begins.items():
+        ends = [_end(begin, update.delta, module) for update in updates]
+        found, truncation[module] = _merge_module(way, begin, parts, ends)
+        merged[module + A_SUFFIX], merged[module + B_SUFFIX] = found.a.astype(np.float32), found.b.astype(np.float32)
+    step = encode(_outer(way, start, merged, before), way.downlink)
+    adapter = apply(start, decode(step, way.downlink, tensor_specs(start)))
+    return Merged(adapter, step, truncation, dict(zip((update.digest for update in updates), shares, strict=True)))
+
+
+def _merge_module(way: Way, begin: Factors, parts: Sequence[float], ends: Sequence[Factors]) -> tuple[Factors, float]:
+    wanted = Wanted(begin.rank, like=begin.a)
+    if way.rule in COORDINATES:
+        found = COORDINATES[way.rule](ends, wanted)
+        return found, distance(found, stack(parts, ends))
+    left = 1.0 - math.fsum(parts)
+    if left > ROUNDING:  # an update that is clipped to a share of itself leaves the rest of its weight to the start
+        parts, ends = [*parts, left], [*ends, begin]
+    return METHODS[way.method](parts, ends, wanted)
+
+
+def _judged(begins: Mapping[str, Factors], updates: Sequence[Update]) -> Judged:
+    inner = np.zeros((len(updates), len(updates)))
+    for module, begin in begins.items():
+        inner += inner_products(begin, [_end(begin, update.delta, module) for update in updates])
+    return Judged([update.weight for update in updates], inner)
+
+
+def _end(begin: Factors, delta: Adapter, module: str) -> Factors:
+    return Factors(begin.b + delta[module + B_SUFFIX], begin.a + delta[module + A_SUFFIX])
+
+
+def _outer(way: Way, start: Adapter, merged: Adapter, before: Adapter | None) -> Adapter:
+    """The step from `start`: outer learning rate times the round's own, and on in the last one's direction.
+
+    Polyak's heavy ball (1964), which for a constant rate is SGD with momentum, as DiLoCo's outer optimizer
+    (arXiv 2311.08105) but without its look-ahead: all it needs are adapters that are published anyhow.
+    """
+    step: Adapter = {}
+    for name in sorted(start):
+        moved = way.outer_learning_rate * (merged[name].astype(np.float64) - start[name])
+        if before is not None and way.outer_momentum:
+            moved += way.outer_momentum * (start[name].astype(np.float64) - before[name])
+        step[name] = moved.astype(np.float32)
+    return step
+
+
+def _check(way: Way, start: Adapter, updates: Sequence[Update]) -> None:
+    for word, known in ((way.method, FOR_ROUNDS), (way.rule, (*RULES, *COORDINATES))):
+        if word not in known:
+            raise TrainChainError("merge.unmergeable", f"Rounds cannot be merged by {word!r}: {', '.join(known)}.")
+    if not updates or any(update.weight <= 0 for update in updates):
+        raise TrainChainError("merge.unmergeable", "There is nothing to merge: every update needs a weight above zero.")
+    for update in updates:
+        if set(update.delta) != set(start):
+            raise TrainChainError(
+                "merge.unmergeable", f"Update {update.digest} has other tensors than the start adapter."
+            )
+        for name, tensor in update.delta.items():
+            if tensor.shape != start[name].shape or not np.isfinite(tensor).all():
+                raise TrainChainError(
+                    "merge.unmergeable", f"Update {update.digest}: {name} has another shape or is not finite."
+                )
