@@ -14,6 +14,7 @@ import numpy as np
 import uvicorn
 from sqlalchemy import select
 
+from tests.fixtures_merge import PLAIN_MERGE
 from trainchain.chain.devnet.node import Devnet
 from trainchain.chain.devnet.rpc import Rpc
 from trainchain.chain.eip712 import Domain
@@ -40,7 +41,6 @@ from trainchain.core.models import (
     FileRef,
     HeldOut,
     Lora,
-    Merge,
     Pay,
     ResolvedRecipe,
     Sealed,
@@ -152,7 +152,7 @@ def recipe(
         "steps": STEPS,
         "round_deadline": 600,
         "quorum": 0.5,
-        "merge": Merge(method="product-mean", encoding="fp32"),
+        "merge": PLAIN_MERGE,
         "pay": Pay(
             token="TRAIN",
             per_million_tokens=per_million,

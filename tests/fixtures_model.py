@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.fixtures_merge import PLAIN_MERGE
 from trainchain.core.digests import sha256, sha256_file
 from trainchain.core.models import (
     Access,
@@ -16,7 +17,6 @@ from trainchain.core.models import (
     FileRef,
     HeldOut,
     Lora,
-    Merge,
     Pay,
     ResolvedRecipe,
     Training,
@@ -167,7 +167,7 @@ def resolve_recipe(
         steps=sizes["steps"],
         round_deadline=60,
         quorum=0.5,
-        merge=Merge(method="product-mean", encoding="fp32"),
+        merge=PLAIN_MERGE,
         pay=Pay(token="TRAIN", per_million_tokens=1, budget=1, deadline=3600, grace=60, activation_delay=0),
         samples=samples,
         sample_tokens=8,

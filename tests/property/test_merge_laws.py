@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from trainchain.core.adapter import Adapter, apply, tensor_specs
-from trainchain.core.encodings import ENCODINGS, decode
+from tests.fixtures_merge import PLAIN_MERGE
+from trainchain.core.adapter import Adapter
 from trainchain.core.errors import TrainChainError
 from trainchain.core.merge import lowrank
 from trainchain.core.merge.lowrank import Dense, Factors, Matrix, leading, stack
-from trainchain.core.merge.methods import FOR_ROUNDS
-from trainchain.core.merge.updates import Merged, Update, Way
+from trainchain.core.merge.updates import Merged, Update
 from trainchain.core.merge.updates import merge as merge_by
 
+METHODS = ("product-mean", "factor-mean")
 MODULE = "base_model.model.layer"
 A, B = MODULE + ".lora_A.weight", MODULE + ".lora_B.weight"
 seeds = st.integers(0, 2**32 - 1)
@@ -34,7 +34,7 @@ def updates(random: np.random.Generator, size: tuple[int, int, int], count: int)
 
 def merge(method: str, start: Adapter, given_: list[Update]) -> Merged:
     """The mean alone, of every contribution as it is."""
-    return merge_by(Way(method, rule="none"), start, given_)
+    return merge_by(PLAIN_MERGE.model_copy(update={"method": method}), start, given_)
 
 
 def product(tensors: Mapping[str, NDArray[Any]]) -> Matrix:
@@ -66,7 +66,7 @@ def test_product_mean_is_the_best_low_rank_form_of_the_mean(seed: int, size: tup
     assert merged.truncation[MODULE] == pytest.approx(lost, abs=1e-7)
 
 
-@pytest.mark.parametrize("method", FOR_ROUNDS)
+@pytest.mark.parametrize("method", METHODS)
 @settings(deadline=None, max_examples=60)
 @given(seed=seeds, size=sizes, count=st.integers(1, 5))
 def test_copies_merge_to_themselves(method: str, seed: int, size: tuple[int, int, int], count: int) -> None:
@@ -79,7 +79,7 @@ def test_copies_merge_to_themselves(method: str, seed: int, size: tuple[int, int
     assert merged.truncation[MODULE] < 1e-6
 
 
-@pytest.mark.parametrize("method", FOR_ROUNDS)
+@pytest.mark.parametrize("method", METHODS)
 @settings(deadline=None, max_examples=60)
 @given(seed=seeds, size=sizes, data=st.data())
 def test_arrival_order_changes_no_bit(method: str, seed: int, size: tuple[int, int, int], data: st.DataObject) -> None:
@@ -162,8 +162,6 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(TrainChainError) as caught:
             merge("product-mean", start, case)
         assert caught.value.code == "merge.unmergeable"
-    with pytest.raises(TrainChainError, match="cannot be merged by 'median'"):
-        merge("median", start, [good])
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -225,7 +223,7 @@ def test_a_weight_counts_as_that_many_copies(seed: int, size: tuple[int, int, in
 def test_the_outer_step_is_a_heavy_ball(seed: int, size: tuple[int, int, int], rate: float, momentum: float) -> None:
     random = np.random.default_rng(seed)
     before, start, given_ = adapter(random, size), adapter(random, size), updates(random, size, 3)
-    way = Way(rule="none", outer_learning_rate=rate, outer_momentum=momentum)
+    way = PLAIN_MERGE.model_copy(update={"outer_learning_rate": rate, "outer_momentum": momentum})
 
     found = merge_by(way, start, given_, before=before).adapter
 
@@ -235,15 +233,50 @@ def test_the_outer_step_is_a_heavy_ball(seed: int, size: tuple[int, int, int], r
         np.testing.assert_allclose(found[name], wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("downlink", ENCODINGS)
-@settings(deadline=None, max_examples=20)
-@given(seed=seeds, size=sizes)
-def test_the_start_and_the_step_make_the_adapter(downlink: str, seed: int, size: tuple[int, int, int]) -> None:
+@settings(deadline=None, max_examples=40)
+@given(seed=seeds, size=sizes, by=st.floats(3, 1000))
+def test_a_clipped_update_counts_by_its_direction(seed: int, size: tuple[int, int, int], by: float) -> None:
+    """What is longer than the median counts as if it were as long: how much longer it was does not matter."""
     random = np.random.default_rng(seed)
-    start, given_ = adapter(random, size), updates(random, size, 3)
+    start, given_ = adapter(random, size, fresh=True), updates(random, size, 3)
+    given_ = [each._replace(delta={A: np.zeros_like(each.delta[A]), B: each.delta[B]}) for each in given_]
+    large = given_[0]._replace(delta={A: given_[0].delta[A], B: np.float32(by) * given_[0].delta[B]})
+    larger = given_[0]._replace(delta={A: given_[0].delta[A], B: np.float32(10 * by) * given_[0].delta[B]})
+    way = PLAIN_MERGE.model_copy(update={"rule": "clip"})
 
-    merged = merge_by(Way(downlink=downlink), start, given_)
+    one, other = (merge_by(way, start, [each, *given_[1:]]) for each in (large, larger))
 
-    step = decode(merged.step, downlink, tensor_specs(start))
-    again = apply(start, step)
-    assert all(again[name].tobytes() == merged.adapter[name].tobytes() for name in start)
+    assert off(product(other.adapter), product(one.adapter)) < 1e-4
+    assert one.shares[large.digest].scale > other.shares[large.digest].scale
+    assert {one.shares[each.digest].why for each in given_[1:]} <= {"", "clipped"}
+
+
+@pytest.mark.parametrize("rule", ["coordinate-median", "trimmed-mean"])
+@settings(deadline=None, max_examples=40)
+@given(seed=seeds, size=sizes)
+def test_coordinate_rules_take_copies_for_what_they_are(rule: str, seed: int, size: tuple[int, int, int]) -> None:
+    random = np.random.default_rng(seed)
+    start, change = adapter(random, size), adapter(random, size)
+    wild = Update("f" * 64, 1, adapter(random, size))
+    way = PLAIN_MERGE.model_copy(update={"rule": rule})
+
+    merged = merge_by(way, start, [*(Update(f"{at:064x}", 1, change) for at in range(4)), wild])
+
+    assert off(product(merged.adapter), product(end(start, change))) < 1e-4
+
+
+@pytest.mark.parametrize("rule", ["none", "clip", "gate", "multi-krum", "coordinate-median", "trimmed-mean"])
+@settings(deadline=None, max_examples=20)
+@given(seed=seeds, size=sizes, count=st.integers(1, 6), data=st.data())
+def test_no_rule_sees_who_came_first(
+    rule: str, seed: int, size: tuple[int, int, int], count: int, data: st.DataObject
+) -> None:
+    random = np.random.default_rng(seed)
+    start, given_ = adapter(random, size), updates(random, size, count)
+    way = PLAIN_MERGE.model_copy(update={"rule": rule})
+
+    one = merge_by(way, start, given_)
+    other = merge_by(way, start, data.draw(st.permutations(given_)))
+
+    assert all(one.adapter[name].tobytes() == other.adapter[name].tobytes() for name in start)
+    assert one.shares == other.shares

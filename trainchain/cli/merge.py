@@ -44,7 +44,8 @@ def merge(
     Examples:
       trainchain merge monday tuesday -o week
       trainchain merge a b c -o abc --weights 0.5,0.3,0.2 --rank 16
-      trainchain merge chat code -o both --method ties --base ./base --eval held-out.jsonl --json
+      trainchain merge chat code -o both --method ties
+      trainchain merge a b -o ab --base ./base --eval held-out.jsonl --json
     """
     from trainchain.cli import merging
 

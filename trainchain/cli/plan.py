@@ -163,7 +163,7 @@ def resolve(path: Path, bringer: Bringer, *, tokens: Path | None = None, weights
         steps=recipe.steps,
         round_deadline=recipe.round_deadline,
         quorum=recipe.quorum,
-        merge=Merge(method=recipe.merge.method, encoding=recipe.merge.encoding),
+        merge=Merge(**recipe.merge.model_dump()),
         pay=Pay(**recipe.pay.model_dump()),
         samples=recipe.samples,
         sample_tokens=recipe.sample_tokens,

@@ -153,6 +153,11 @@ class HeldOut(Model):
     supervised: Positive
 
 
+MergeMethod = Literal["product-mean", "factor-mean"]
+MergeRule = Literal["none", "clip", "gate", "multi-krum", "coordinate-median", "trimmed-mean"]
+Encoding = Literal["fp32", "bf16", "int8", "int4"]
+
+
 class Access(Model):
     """Who may train the job, and who gives out the keys of its sealed files (None: it has none)."""
 
@@ -182,8 +187,13 @@ class Sealed(Model):
 
 
 class Merge(Model):
-    method: Literal["product-mean", "factor-mean"]
-    encoding: Literal["fp32", "bf16", "int8", "int4"]
+    """How a round's deltas travel and become its adapter (core/merge/updates.py)."""
+
+    method: MergeMethod
+    rule: MergeRule
+    encoding: Encoding
+    outer_learning_rate: Annotated[float, Field(gt=0, le=10)]
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)]
 
 
 class Pay(Model):

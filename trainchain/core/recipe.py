@@ -14,7 +14,7 @@ from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from trainchain.core import money
 from trainchain.core.errors import TrainChainError
-from trainchain.core.models import Address, DataFormat
+from trainchain.core.models import Address, DataFormat, Encoding, MergeMethod, MergeRule
 
 MAX_BYTES = 1 << 20
 MAX_STEPS = 100_000
@@ -138,8 +138,11 @@ class HeldOutEntry(DataEntry):
 
 
 class MergeEntry(_Strict):
-    method: Literal["product-mean", "factor-mean"] = "product-mean"
-    encoding: Literal["fp32", "bf16", "int8", "int4"] = "int4"
+    method: MergeMethod = "product-mean"
+    rule: MergeRule = "gate"
+    encoding: Encoding = "int4"
+    outer_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class PayEntry(_Strict):

@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import delete, update
 
 from tests.fixtures_hub import COIN, INITIAL, Job, Person, Town
+from tests.fixtures_merge import PLAIN_MERGE
 from trainchain.chain.escrow import ChainClient
 from trainchain.chain.settlement import check_against_chain, proof_for, read_leaves
 from trainchain.cli import collect, delivery, wiring
@@ -16,7 +17,7 @@ from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import cashier, rounds, schema
 from trainchain.core.hub.store import Store
-from trainchain.core.merge.updates import Update, Way, merge
+from trainchain.core.merge.updates import Update, merge
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.rewards import job_price, round_price, shard_reward
 
@@ -74,7 +75,7 @@ def test_every_round_merges_to_what_anybody_can_compute(town: Town, anna: Person
             )
             for shard in row["shards"]
         ]
-        merged = merge(Way(recipe.merge.method), anna.fetch_adapter(row["start"]), updates)
+        merged = merge(recipe.merge, anna.fetch_adapter(row["start"]), updates)
         assert adapter_bytes(merged.adapter) == anna.fetch(row["adapter"])
         assert row["merge_error"] == max(merged.truncation.values())
         start = row["adapter"]
@@ -326,7 +327,7 @@ def _merged_by_hand(job: Job, anyone: Person) -> dict[str, np.ndarray]:
         Update(row["delta"], job.recipe.counts[0][row["shard"]].tokens, anyone.fetch_adapter(row["delta"]))
         for row in job.town.rows(schema.contributions, job=job.id)
     ]
-    return merge(Way("product-mean"), read_adapter(INITIAL), updates).adapter
+    return merge(PLAIN_MERGE, read_adapter(INITIAL), updates).adapter
 
 
 def test_a_restarted_hub_goes_on_with_the_same_round(tmp_path: Path) -> None:

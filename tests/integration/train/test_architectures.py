@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tests.fixtures_architectures import FAMILIES, WINDOW, Family
+from tests.fixtures_merge import PLAIN_MERGE
 from tests.fixtures_model import resolve_recipe, write_jsonl
 from tests.integration.train.conftest import Job
 from trainchain.core.adapter import Adapter, read_adapter, write_peft_folder
 from trainchain.core.digests import sha256_file
 from trainchain.core.errors import TrainChainError
-from trainchain.core.merge.updates import Update, Way, merge
+from trainchain.core.merge.updates import Update, merge
 from trainchain.core.train.data import TokenizedData
 from trainchain.core.train.model import find_targets, load_tokenizer
 from trainchain.core.train.packed import micro_batch
@@ -139,7 +140,7 @@ def train_and_publish(opened: Opened, folder: Path, *, off: float = 1e-4) -> Non
 
     results = [engine.train(job.start, 1, shard, LEASE) for shard in (0, 1)]
     updates = [Update(result.state_root, result.counts.supervised, result.delta) for result in results]
-    merged = merge(Way("product-mean"), job.start, updates).adapter
+    merged = merge(PLAIN_MERGE, job.start, updates).adapter
 
     base = engine.evaluate(None)
     for number, adapter in enumerate((results[0].end, merged)):

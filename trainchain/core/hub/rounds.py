@@ -7,14 +7,14 @@ import time
 
 from sqlalchemy import Connection, insert, select, update
 
-from trainchain.core.adapter import adapter_bytes, read_adapter
+from trainchain.core.adapter import Adapter, adapter_bytes, read_adapter
 from trainchain.core.checks import reach, read_delta
 from trainchain.core.hub import jobs, schema
 from trainchain.core.hub.contributions import accepted, drop_unnamed, publish_round
 from trainchain.core.hub.leases import sweep
 from trainchain.core.hub.service import Hub, attempt
 from trainchain.core.hub.store import Row, move, one
-from trainchain.core.merge.updates import Merged, Update, Way, merge
+from trainchain.core.merge.updates import Merged, Update, merge
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.rewards import round_price
 from trainchain.core.states import Evaluation, Job, Round, Shard
@@ -144,7 +144,15 @@ def merge_round(hub: Hub, job: Row, round_: Row) -> Merged:
         )
         for row in accepted(hub, job["id"], round_["round"])
     ]
-    return merge(Way(recipe.merge.method), read_adapter(hub.objects.get(round_["start"])), updates)
+    before = _start_before(hub, round_) if recipe.merge.outer_momentum else None
+    return merge(recipe.merge, read_adapter(hub.objects.get(round_["start"])), updates, before=before)
+
+
+def _start_before(hub: Hub, round_: Row) -> Adapter | None:
+    """What the round before this one started from."""
+    with hub.store.read() as db:
+        earlier = one(db, schema.rounds, job=round_["job"], round=round_["round"] - 1)
+    return read_adapter(hub.objects.get(earlier["start"])) if earlier is not None else None
 
 
 def _merge(hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row) -> bool:
@@ -172,6 +180,12 @@ def _merge(hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row) -> bool:
                 insert(schema.objects).values(
                     digest=digest, job=job["id"], size=len(data), public=not recipe.private, present=True
                 )
+            )
+        for delta, share in merged.shares.items():
+            db.execute(
+                update(schema.contributions)
+                .where(schema.contributions.c.job == job["id"], schema.contributions.c.delta == delta)
+                .values(merge={"weight": share.weight, "scale": share.scale, "why": share.why})
             )
         _ask_for_measures(db, job["id"], recipe, round_["round"], digest)
         loose = publish_round(db, job["id"], round_["round"], public=not recipe.private)

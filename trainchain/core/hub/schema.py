@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator
 
-VERSION = 3
+VERSION = 4
 metadata = MetaData()
 
 
@@ -150,6 +150,7 @@ contributions = Table(
     Column("reward", Units, nullable=False),
     Column("receipt", JSON, nullable=False),
     Column("accepted", Float, nullable=False),
+    Column("merge", JSON),
     UniqueConstraint("job", "round", "shard", name="one_contribution_a_shard"),
     UniqueConstraint("job", "delta", name="no_copy_in_a_job"),
 )

@@ -80,6 +80,7 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
                     "losses": contribution["signed"]["losses"],
                     "micro_tokens": contribution["signed"]["micro_tokens"],
                     "numeric_class": contribution["signed"]["contribution"]["numericClass"],
+                    "merge": contribution["merge"],
                 }
             elif lease is not None:
                 entry |= {"worker": lease["worker"], "progress": lease["progress"]}

@@ -109,8 +109,6 @@ METHODS: dict[str, MergeMethod] = {
     "ties": ties,
     "dare": dare,
 }
-FOR_ROUNDS = ("product-mean", "factor-mean")
-"""Those whose result has the rank of what goes in, and which are meant for shards of one task."""
 
 
 def turned(factors: Factors, like: Matrix | None) -> Factors:

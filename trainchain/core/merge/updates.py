@@ -6,17 +6,16 @@ float32. Weights are the hub's pinned counts, never a worker's word.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from trainchain.core.adapter import A_SUFFIX, B_SUFFIX, Adapter, apply, tensor_specs
-from trainchain.core.encodings import decode, encode
+from trainchain.core.adapter import A_SUFFIX, B_SUFFIX, Adapter
 from trainchain.core.errors import TrainChainError
 from trainchain.core.merge.lowrank import ROUNDING, Factors, distance, stack
-from trainchain.core.merge.methods import FOR_ROUNDS, METHODS, Wanted
+from trainchain.core.merge.methods import METHODS, Wanted
 from trainchain.core.merge.robust import COORDINATES, RULES, Judged, Share, inner_products, plain
+from trainchain.core.models import Merge
 
 
 def modules_of(adapter: Adapter) -> list[str]:
@@ -39,34 +38,22 @@ class Update(NamedTuple):
     delta: Adapter
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a job merges: what its recipe says under `merge`."""
-
-    method: str = "product-mean"
-    rule: str = "none"
-    outer_learning_rate: float = 1.0
-    outer_momentum: float = 0.0
-    downlink: str = "fp32"
-
-
 class Merged(NamedTuple):
-    """The next adapter; the encoded step to it from the start; per module the relative distance of the merge's B·A from
-    what its method stands for; by digest what became of each contribution."""
+    """The next adapter; per module the relative distance of the merge's B·A from what its method stands for; by digest
+    what became of each contribution."""
 
     adapter: Adapter
-    step: bytes
     truncation: dict[str, float]
     shares: dict[str, Share]
 
 
-def merge(way: Way, start: Adapter, updates: Sequence[Update], *, before: Adapter | None = None) -> Merged:
-    """The adapter of the next round: contributions, then the outer step, then what its encoding makes of that.
+def merge(way: Merge, start: Adapter, updates: Sequence[Update], *, before: Adapter | None = None) -> Merged:
+    """The adapter of the next round: the contributions' merge, and the outer step to it.
 
     `before` is what the round before this one started from. Raises TrainChainError merge.unmergeable on what does not
     fit.
     """
-    _check(way, start, updates)
+    _check(start, updates)
     updates = sorted(updates, key=lambda update: (update.digest, update.weight))
     begins = {module: factors_of(start, module) for module in modules_of(start)}
     shares = RULES.get(way.rule, plain)(_judged(begins, updates))
@@ -79,12 +66,11 @@ def merge(way: Way, start: Adapter, updates: Sequence[Update], *, before: Adapte
         ends = [_end(begin, update.delta, module) for update in updates]
         found, truncation[module] = _merge_module(way, begin, parts, ends)
         merged[module + A_SUFFIX], merged[module + B_SUFFIX] = found.a.astype(np.float32), found.b.astype(np.float32)
-    step = encode(_outer(way, start, merged, before), way.downlink)
-    adapter = apply(start, decode(step, way.downlink, tensor_specs(start)))
-    return Merged(adapter, step, truncation, dict(zip((update.digest for update in updates), shares, strict=True)))
+    adapter = _outer(way, start, merged, before)
+    return Merged(adapter, truncation, dict(zip((update.digest for update in updates), shares, strict=True)))
 
 
-def _merge_module(way: Way, begin: Factors, parts: Sequence[float], ends: Sequence[Factors]) -> tuple[Factors, float]:
+def _merge_module(way: Merge, begin: Factors, parts: Sequence[float], ends: Sequence[Factors]) -> tuple[Factors, float]:
     wanted = Wanted(begin.rank, like=begin.a)
     if way.rule in COORDINATES:
         found = COORDINATES[way.rule](ends, wanted)
@@ -106,25 +92,25 @@ def _end(begin: Factors, delta: Adapter, module: str) -> Factors:
     return Factors(begin.b + delta[module + B_SUFFIX], begin.a + delta[module + A_SUFFIX])
 
 
-def _outer(way: Way, start: Adapter, merged: Adapter, before: Adapter | None) -> Adapter:
-    """The step from `start`: outer learning rate times the round's own, and on in the last one's direction.
+def _outer(way: Merge, start: Adapter, merged: Adapter, before: Adapter | None) -> Adapter:
+    """From `start` the outer learning rate times the merge's own step, and on in the last round's direction.
 
     Polyak's heavy ball (1964), which for a constant rate is SGD with momentum, as DiLoCo's outer optimizer
     (arXiv 2311.08105) but without its look-ahead: all it needs are adapters that are published anyhow.
     """
-    step: Adapter = {}
+    if way.outer_learning_rate == 1.0 and not way.outer_momentum:
+        return dict(sorted(merged.items()))
+    found: Adapter = {}
     for name in sorted(start):
-        moved = way.outer_learning_rate * (merged[name].astype(np.float64) - start[name])
-        if before is not None and way.outer_momentum:
-            moved += way.outer_momentum * (start[name].astype(np.float64) - before[name])
-        step[name] = moved.astype(np.float32)
-    return step
+        begin = start[name].astype(np.float64)
+        next_ = begin + way.outer_learning_rate * (merged[name] - begin)
+        if before is not None:
+            next_ += way.outer_momentum * (begin - before[name])
+        found[name] = next_.astype(np.float32)
+    return found
 
 
-def _check(way: Way, start: Adapter, updates: Sequence[Update]) -> None:
-    for word, known in ((way.method, FOR_ROUNDS), (way.rule, (*RULES, *COORDINATES))):
-        if word not in known:
-            raise TrainChainError("merge.unmergeable", f"Rounds cannot be merged by {word!r}: {', '.join(known)}.")
+def _check(start: Adapter, updates: Sequence[Update]) -> None:
     if not updates or any(update.weight <= 0 for update in updates):
         raise TrainChainError("merge.unmergeable", "There is nothing to merge: every update needs a weight above zero.")
     for update in updates:

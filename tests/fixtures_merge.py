@@ -1,0 +1,5 @@
+"""How jobs of tests merge, where they say nothing else: the mean of what comes in, as it came."""
+
+from trainchain.core.models import Merge
+
+PLAIN_MERGE = Merge(method="product-mean", rule="none", encoding="fp32", outer_learning_rate=1.0, outer_momentum=0.0)
