@@ -171,6 +171,6 @@ def test_two_processes_train_one_shard_together(trained: dict[str, Any]) -> None
 
     document = trained["machine"].answer("me", *arguments, *ONE)
 
-    one, two = (read_adapter(trained["folder"] / name / "delta.safetensors") for name in ("out", "pair"))
+    one, two = (read_adapter(trained["folder"] / name / "adapter_model.safetensors") for name in ("out", "pair"))
     assert document["numeric_class"].endswith("/processes2")
     assert all(np.allclose(one[name], two[name], rtol=1e-2, atol=1e-5) for name in one)
