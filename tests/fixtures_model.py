@@ -109,6 +109,7 @@ def resolve_recipe(
     paths = [data] if isinstance(data, Path) else data
     sizes: dict[str, Any] = {"rounds": 2, "shards": 2, "steps": 4, "held_out_rows": 5, "r": 4, "targets": "all-linear"}
     samples = options.pop("samples", [])
+    merge = PLAIN_MERGE.model_copy(update=options.pop("merge", {}))
     sizes |= {key: options.pop(key) for key in list(options) if key in sizes}
     training = Training(
         **{
@@ -167,7 +168,7 @@ def resolve_recipe(
         steps=sizes["steps"],
         round_deadline=60,
         quorum=0.5,
-        merge=PLAIN_MERGE,
+        merge=merge,
         pay=Pay(token="TRAIN", per_million_tokens=1, budget=1, deadline=3600, grace=60, activation_delay=0),
         samples=samples,
         sample_tokens=8,

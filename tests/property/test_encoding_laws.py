@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from trainchain.core.adapter import Adapter, tensor_bytes
 from trainchain.core.encodings import BITS, BLOCK, ENCODINGS, SPREAD, decode, encode, encoded_size, ideal_size
 from trainchain.core.errors import TrainChainError
+from trainchain.core.segments import Moments
 
 every = pytest.mark.parametrize("encoding", ENCODINGS)
 seeds = st.integers(0, 2**32 - 1)
@@ -49,7 +50,7 @@ def test_what_was_decoded_has_the_same_bytes_again(
     made = delta(seed, size, magnitude)
     data = encode(made, encoding)
 
-    again = decode(data, encoding, shapes(made))
+    again = decode(data, encoding, shapes(made)).delta
 
     assert encode(again, encoding) == data
     assert len(data) == encoded_size(encoding, shapes(made))
@@ -64,7 +65,7 @@ def test_every_number_comes_back_as_near_as_its_block_allows(
 ) -> None:
     made = delta(seed, size, magnitude)
 
-    again = decode(encode(made, encoding), encoding, shapes(made))
+    again = decode(encode(made, encoding), encoding, shapes(made)).delta
 
     for name, tensor in made.items():
         flat, back = tensor.ravel().astype(np.float64), again[name].ravel().astype(np.float64)
@@ -92,7 +93,7 @@ def test_a_changed_byte_changes_the_numbers_or_is_refused(
     file[at] ^= data.draw(st.integers(1, 255))
 
     with contextlib.suppress(TrainChainError):
-        again = decode(bytes(file), encoding, shapes(made))
+        again = decode(bytes(file), encoding, shapes(made)).delta
         assert encode(again, encoding) == bytes(file), "two files stand for one delta"
 
 
@@ -141,3 +142,81 @@ def test_a_scale_that_is_no_number_is_refused(bits: int) -> None:
 def test_nothing_that_is_not_finite_is_encoded(encoding: str, odd: float) -> None:
     with pytest.raises(ValueError, match="not finite"):
         encode({"a": np.array([[odd, 1.0]], np.float32)}, encoding)
+
+
+def moments(seed: int, size: list[tuple[int, int]], magnitude: int) -> Moments:
+    """First moments as `delta` makes them; second ones of all orders, some rows and columns zero."""
+    m, v = delta(seed, size, magnitude), delta(seed + 1, size, magnitude)
+    random = np.random.default_rng(seed)
+    for tensor in v.values():
+        np.square(tensor, out=tensor)
+        tensor[random.random(tensor.shape[0]) < 0.2] = 0.0
+        tensor[:, random.random(tensor.shape[1]) < 0.2] = 0.0
+    return Moments(m, v)
+
+
+@every
+@settings(deadline=None, max_examples=100)
+@given(seed=seeds, size=sizes, magnitude=st.integers(-12, 4))
+def test_moments_travel_in_one_form_of_bytes(
+    encoding: str, seed: int, size: list[tuple[int, int]], magnitude: int
+) -> None:
+    made, with_ = delta(seed, size, magnitude), moments(seed, size, magnitude)
+    data = encode(made, encoding, with_)
+
+    again = decode(data, encoding, shapes(made), moments=True)
+
+    assert again.moments is not None
+    assert encode(again.delta, encoding, again.moments) == data
+    assert encode(again.delta, encoding) == encode(made, encoding)
+    assert len(data) == encoded_size(encoding, shapes(made), moments=True)
+    assert all(np.all(tensor >= 0) for tensor in again.moments.v.values())
+    assert refused(data, encoding, made) == "delta.extra_tensor"
+
+
+@settings(deadline=None, max_examples=100)
+@given(seed=seeds, rows=st.integers(1, 9), columns=st.integers(1, 90), magnitude=st.integers(-14, 4))
+def test_a_second_moment_of_rank_one_comes_back_within_a_sixth_of_a_power_of_two(
+    seed: int, rows: int, columns: int, magnitude: int
+) -> None:
+    random = np.random.default_rng(seed)
+    v = 10.0**magnitude * np.outer(random.lognormal(size=rows), random.lognormal(size=columns))
+    zeros = {"a": np.zeros_like(v, np.float32)}
+
+    data = encode(zeros, "int4", Moments(zeros, {"a": v.astype(np.float32)}))
+    again = decode(data, "int4", shapes(zeros), moments=True).moments
+
+    assert again is not None
+    # a row's mean, a column's share and the columns' mean share are each rounded by a sixth of a power of two at most
+    assert np.all(np.abs(np.log2(again.v["a"] / v)) <= 3 / 6 + 1e-3)
+
+
+@every
+def test_no_file_with_moments_is_much_larger_than_its_numbers(encoding: str) -> None:
+    small = {f"base_model.model.layer{at}.lora_A.weight": (8, 192) for at in range(6)}
+
+    assert encoded_size(encoding, small, moments=True) <= 1.05 * ideal_size(encoding, small, moments=True)
+
+
+@every
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, size=sizes, data=st.data())
+def test_a_changed_byte_of_moments_changes_them_or_is_refused(
+    encoding: str, seed: int, size: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    made = delta(seed, size, 0)
+    file = bytearray(encode(made, encoding, moments(seed, size, -3)))
+    at = data.draw(st.integers(0, len(file) - 1))
+    file[at] ^= data.draw(st.integers(1, 255))
+
+    with contextlib.suppress(TrainChainError):
+        again = decode(bytes(file), encoding, shapes(made), moments=True)
+        assert encode(again.delta, encoding, again.moments) == bytes(file), "two files stand for one delta"
+
+
+def test_a_negative_second_moment_has_no_bytes() -> None:
+    zeros = {"a": np.zeros((2, 3), np.float32)}
+
+    for wrong in (-1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="of a holds"):
+            encode(zeros, "int4", Moments(zeros, {"a": np.full((2, 3), wrong, np.float32)}))

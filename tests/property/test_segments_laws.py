@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from trainchain.core.errors import TrainChainError
 from trainchain.core.segments import (
+    Moments,
     State,
     bf16,
     from_bf16,
@@ -17,6 +18,7 @@ from trainchain.core.segments import (
     read_state,
     segment_ends,
     start_leaf,
+    start_state,
     state_bytes,
     state_digests,
     state_root,
@@ -79,6 +81,17 @@ def test_the_start_leaf_is_no_steps_and_zero_moments() -> None:
 
     assert start_leaf(LEASE, w) == of(0, 0, zeros)
     assert len({of(i, t, m) for i in (0, 1) for t in (0, 1) for m in (w, zeros)}) == 8
+
+
+def test_the_start_leaf_has_the_moments_that_were_handed_on() -> None:
+    state = some_state(0)
+    moments = Moments(state.m, state.v)
+
+    assert start_leaf(LEASE, state.w, moments) == leaf(LEASE, 0, 0, state_digests(state))
+    finer = Moments({name: tensor * np.float32(1.0001) for name, tensor in state.m.items()}, state.v)
+    assert all(
+        np.array_equal(start_state(state.w, finer).m[name], from_bf16(bf16(tensor))) for name, tensor in finer.m.items()
+    )
 
 
 @given(st.integers(1, 200), st.integers(1, 200))

@@ -22,7 +22,7 @@ NAME = min(SHAPES)
 
 def code_of(data: bytes) -> str:
     with pytest.raises(TrainChainError) as caught:
-        read_delta(data, "fp32", SHAPES, BOUND)
+        read_delta(data, RECIPE, SHAPES, 1)
     assert 400 <= caught.value.status < 500
     return caught.value.code
 
@@ -34,7 +34,7 @@ def with_header(header: bytes, body: bytes = b"") -> bytes:
 def test_a_good_delta_comes_out_as_it_went_in() -> None:
     tensors = numbers(1)
 
-    found = read_delta(adapter_bytes(tensors), "fp32", SHAPES, BOUND)
+    found = read_delta(adapter_bytes(tensors), RECIPE, SHAPES, 1).delta
 
     assert list(found) == sorted(SHAPES)
     assert all(np.array_equal(found[name], tensors[name]) for name in SHAPES)
@@ -50,11 +50,11 @@ def test_what_rounding_in_an_encoding_adds_is_within_reach() -> None:
     furthest = {name: np.full_like(tensor, BOUND) for name, tensor in numbers(1).items()}
 
     for encoding in ENCODINGS:
-        read_delta(encode(furthest, encoding), encoding, SHAPES, BOUND)
+        read_delta(encode(furthest, encoding), with_merge(encoding=encoding), SHAPES, 1)
 
 
 def test_a_delta_of_zeros_is_a_delta() -> None:
-    read_delta(adapter_bytes({n: np.zeros_like(t) for n, t in numbers(1).items()}), "fp32", SHAPES, BOUND)
+    read_delta(adapter_bytes({n: np.zeros_like(t) for n, t in numbers(1).items()}), RECIPE, SHAPES, 1)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_the_reach_is_three_times_the_learning_rates_of_the_shard_s_steps() -> N
 
     assert pytest.approx(REACH + SLACK) == BOUND
     assert code_of(data) == "delta.out_of_reach"
-    read_delta(data, "fp32", SHAPES, reach(RECIPE.model_copy(update={"steps": 2 * STEPS}), 1))
-    read_delta(data, "fp32", SHAPES, reach(with_training(learning_rate=2 * RECIPE.training.learning_rate), 1))
+    read_delta(data, RECIPE.model_copy(update={"steps": 2 * STEPS}), SHAPES, 1)
+    read_delta(data, with_training(learning_rate=2 * RECIPE.training.learning_rate), SHAPES, 1)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +155,15 @@ def test_what_a_later_round_can_no_longer_do_is_refused_there() -> None:
     cosine = with_training(lr_scheduler="cosine")
     data = adapter_bytes({**numbers(1), NAME: np.full(SHAPES[NAME], 0.5 * REACH, np.float32)})
 
-    read_delta(data, "fp32", SHAPES, reach(cosine, 1))
+    read_delta(data, cosine, SHAPES, 1)
     with pytest.raises(TrainChainError) as caught:
-        read_delta(data, "fp32", SHAPES, reach(cosine, 2))
+        read_delta(data, cosine, SHAPES, 2)
 
     assert caught.value.code == "delta.out_of_reach"
+
+
+def with_merge(**changes: Any) -> ResolvedRecipe:
+    return RECIPE.model_copy(update={"merge": RECIPE.merge.model_copy(update=changes)})
 
 
 def with_training(**changes: Any) -> ResolvedRecipe:
@@ -168,6 +172,6 @@ def with_training(**changes: Any) -> ResolvedRecipe:
 
 def test_a_message_never_carries_a_stranger_s_novel() -> None:
     with pytest.raises(TrainChainError) as caught:
-        read_delta(adapter_bytes({**numbers(1), "x" * 100_000: np.zeros(1, np.float32)}), "fp32", SHAPES, BOUND)
+        read_delta(adapter_bytes({**numbers(1), "x" * 100_000: np.zeros(1, np.float32)}), RECIPE, SHAPES, 1)
 
     assert len(caught.value.message) < 400

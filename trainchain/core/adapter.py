@@ -73,7 +73,7 @@ def tensor_header(specs: Mapping[str, tuple[str, tuple[int, ...], int]]) -> byte
     return struct.pack("<Q", len(text)) + text
 
 
-def delta(end: Adapter, start: Adapter) -> Adapter:
+def delta(end: Mapping[str, NDArray[np.float32]], start: Adapter) -> Adapter:
     """What training added, as float32."""
     return {name: np.subtract(end[name], start[name], dtype=np.float32) for name in sorted(start)}
 

@@ -11,7 +11,7 @@ from pydantic.functional_validators import AfterValidator, BeforeValidator
 from trainchain.core.digests import canonical_json, sha256
 from trainchain.core.errors import TrainChainError
 
-PROTOCOL = 4
+PROTOCOL = 5
 MAX_INT = 2**63 - 1
 MAX_TEMPLATE = 1 << 18
 """Characters of a chat template that a recipe may bring."""
@@ -192,8 +192,15 @@ class Merge(Model):
     method: MergeMethod
     rule: MergeRule
     encoding: Encoding
+    moments: Literal["merged", "fresh"]
+    """AdamW's, at the start of a shard: those that the round before ended with, merged, or zero."""
     outer_learning_rate: Annotated[float, Field(gt=0, le=10)]
     outer_momentum: Annotated[float, Field(ge=0, lt=1)]
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether moments travel with a delta."""
+        return self.moments == "merged"
 
 
 class Pay(Model):
@@ -280,6 +287,10 @@ class Lease(Model):
     round: Count
     shard: Count | None
     start: Digest
+    before: Digest | None = None
+    """What the last round started from, and"""
+    outer_step: Digest | None = None
+    """the encoded step from there to `start`, with the moments that training goes on with; None in the first round."""
     expires_in: float
 
 

@@ -141,6 +141,7 @@ class MergeEntry(_Strict):
     method: MergeMethod = "product-mean"
     rule: MergeRule = "gate"
     encoding: Encoding = "int4"
+    moments: Literal["merged", "fresh"] = "merged"
     outer_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
 

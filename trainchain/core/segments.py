@@ -65,6 +65,13 @@ class State:
     v: Tensors
 
 
+class Moments(NamedTuple):
+    """AdamW's moments, by tensor: of the gradients, and of their squares."""
+
+    m: Tensors
+    v: Tensors
+
+
 class StateDigests(NamedTuple):
     """H(W), H(M), H(V)."""
 
@@ -83,10 +90,13 @@ def state_digests(state: State) -> StateDigests:
     return StateDigests(tensor_digest(state.w, "fp32"), tensor_digest(state.m, "bf16"), tensor_digest(state.v, "bf16"))
 
 
-def start_state(w: Tensors) -> State:
-    """The state before the first step: moments are zero."""
-    zeros = {name: np.zeros(tensor.shape, np.float32) for name, tensor in w.items()}
-    return State(0, w, zeros, zeros)
+def start_state(w: Tensors, moments: Moments | None = None) -> State:
+    """The state before the first step: the moments that were handed on, in bf16; else they are zero."""
+    if moments is None:
+        zeros = {name: np.zeros(tensor.shape, np.float32) for name, tensor in w.items()}
+        return State(0, w, zeros, zeros)
+    m, v = ({name: from_bf16(bf16(tensor)) for name, tensor in part.items()} for part in moments)
+    return State(0, w, m, v)
 
 
 def leaf(lease: bytes, index: int, t: int, digests: StateDigests) -> bytes:
@@ -97,9 +107,9 @@ def leaf(lease: bytes, index: int, t: int, digests: StateDigests) -> bytes:
     return hashlib.sha256(head + digests.w + digests.m + digests.v).digest()
 
 
-def start_leaf(lease: bytes, w: Tensors) -> bytes:
-    """Leaf 0, which everybody who has the start adapter can compute."""
-    return leaf(lease, 0, 0, state_digests(start_state(w)))
+def start_leaf(lease: bytes, w: Tensors, moments: Moments | None = None) -> bytes:
+    """Leaf 0, which everybody who has the start adapter, and the moments that go with it, can compute."""
+    return leaf(lease, 0, 0, state_digests(start_state(w, moments)))
 
 
 def state_bytes(state: State) -> bytes:

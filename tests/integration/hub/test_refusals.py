@@ -16,7 +16,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fixtures_hub import REACH, SHAPES, STEPS, Job, Person, Town, new_wallet, numbers
+from tests.fixtures_hub import REACH, SHAPES, STEPS, Job, Person, Town, job_files, new_wallet, numbers, recipe
 from trainchain.core.adapter import adapter_bytes
 from trainchain.core.checks import delta_cap
 from trainchain.core.digests import sha256
@@ -24,8 +24,9 @@ from trainchain.core.errors import CODES
 from trainchain.core.hub import schema
 from trainchain.core.hub.api import SIGNED_BODY
 from trainchain.core.hub.service import LEASE_SECONDS
+from trainchain.core.models import PROTOCOL
 
-CAP = delta_cap("fp32", SHAPES)
+CAP = delta_cap(recipe(job_files()), SHAPES)
 FIRST, *_, LAST = sorted(SHAPES)
 NEVER = "0x" + "12" * 32
 AGES = 10_000_000
@@ -464,7 +465,7 @@ def test_a_session_ends(town: Town) -> None:
     insist(town.http.get(f"{town.url}/v1/earned", headers=headers), "session.required")
 
 
-@pytest.mark.parametrize("version", ["0", "3", "5", "4.0", "four", ""])
+@pytest.mark.parametrize("version", ["0", str(PROTOCOL - 1), str(PROTOCOL + 1), f"{PROTOCOL}.0", "four", ""])
 def test_another_protocol_is_refused_with_the_command_that_helps(case: Case, version: str) -> None:
     path = f"/v1/leases/{case.lease['lease']}/contribution"
 

@@ -17,7 +17,7 @@ from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import cashier, rounds, schema
 from trainchain.core.hub.store import Store
-from trainchain.core.merge.updates import Update, merge
+from trainchain.core.merge.updates import Update, merge, outer_step
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.rewards import job_price, round_price, shard_reward
 
@@ -76,7 +76,9 @@ def test_every_round_merges_to_what_anybody_can_compute(town: Town, anna: Person
             for shard in row["shards"]
         ]
         merged = merge(recipe.merge, anna.fetch_adapter(row["start"]), updates)
-        assert adapter_bytes(merged.adapter) == anna.fetch(row["adapter"])
+        step = outer_step(recipe.merge, anna.fetch_adapter(row["start"]), merged)
+        assert step.data == anna.fetch(row["outer_step"])
+        assert adapter_bytes(step.adapter) == anna.fetch(row["adapter"])
         assert row["merge_error"] == max(merged.truncation.values())
         start = row["adapter"]
     assert (view["state"], view["round"], len(view["rounds_done"])) == ("settled", 3, 3)
@@ -327,7 +329,8 @@ def _merged_by_hand(job: Job, anyone: Person) -> dict[str, np.ndarray]:
         Update(row["delta"], job.recipe.counts[0][row["shard"]].tokens, anyone.fetch_adapter(row["delta"]))
         for row in job.town.rows(schema.contributions, job=job.id)
     ]
-    return merge(PLAIN_MERGE, read_adapter(INITIAL), updates).adapter
+    start = read_adapter(INITIAL)
+    return outer_step(PLAIN_MERGE, start, merge(PLAIN_MERGE, start, updates)).adapter
 
 
 def test_a_restarted_hub_goes_on_with_the_same_round(tmp_path: Path) -> None:

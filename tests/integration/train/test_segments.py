@@ -10,7 +10,7 @@ import pytest
 
 from tests.integration.train.conftest import Job
 from trainchain.core.errors import TrainChainError
-from trainchain.core.segments import State, read_state, segment_ends, start_state, state_digests
+from trainchain.core.segments import State, read_state, segment_ends, start_leaf, start_state, state_digests
 from trainchain.core.train.trainer import Engine, ShardResult
 
 LEASE = "0x" + "ab" * 32
@@ -81,6 +81,44 @@ def test_every_segment_replays_to_the_same_state(make_job: MakeJob, tmp_path: Pa
     assert state_digests(other) != result.segments[0].digests
     with pytest.raises(TrainChainError, match="does not start after step 2"):
         auditor.replay(states[1], 1, 1, 0)
+
+
+def test_a_shard_that_goes_on_with_moments_is_one_longer_shard(make_job: MakeJob) -> None:
+    long = make_job(rounds=1, shards=1, steps=8, segment_steps=2)
+    short = make_job(rounds=2, shards=1, steps=4, segment_steps=2, merge={"moments": "merged"})
+    whole, engine = long.engine().train(long.start, 1, 0, LEASE), short.engine()
+
+    first = engine.train(short.start, 1, 0, LEASE)
+    second = engine.train(dict(first.end), 2, 0, LEASE, moments=first.moments)
+
+    assert all(second.end[name].tobytes() == whole.end[name].tobytes() for name in whole.end)
+    assert [state_digests(State(8, second.end, *second.moments))] == [whole.segments[-1].digests]
+    assert second.leaves[0] == start_leaf(bytes.fromhex(LEASE[2:]), first.end, first.moments)
+    anew = engine.train(dict(first.end), 2, 0, LEASE)
+    assert any(anew.end[name].tobytes() != whole.end[name].tobytes() for name in whole.end)
+
+
+def test_handed_on_moments_replay_and_go_on_from_a_segment(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainchain.core.train.trainer.REPORT_SECONDS", 0.0)
+    job = make_job(steps=4, segment_steps=2, merge={"moments": "merged"})
+    engine = job.engine()
+    first = engine.train(job.start, 1, 0, LEASE)
+    start, moments = dict(first.end), first.moments
+    whole = engine.train(start, 2, 0, LEASE, moments=moments, states=tmp_path / "whole")
+
+    with pytest.raises(Stopped):
+        job.engine().train(start, 2, 0, LEASE, stop_at(4), moments=moments, states=tmp_path / "torn")
+    again = job.engine().train(start, 2, 0, LEASE, moments=moments, states=tmp_path / "torn")
+
+    assert again.resumed == 1
+    assert the_same(again, whole)
+    states = [start_state(start, moments), *states_in(tmp_path / "whole", engine)]
+    for number, (before, after) in enumerate(pairwise(states)):
+        assert state_digests(engine.replay(before, 2, 0, number)) == state_digests(after)
+    with pytest.raises(TrainChainError, match="another shard, or"):
+        engine.train(start, 2, 0, LEASE, states=tmp_path / "whole")
 
 
 def test_a_segment_ends_with_moments_that_bf16_can_hold(make_job: MakeJob, tmp_path: Path) -> None:

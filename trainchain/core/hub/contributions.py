@@ -36,7 +36,7 @@ def delta_cap(hub: Hub, worker: str, lease_id: str) -> int:
         raise TrainChainError("object.unexpected", "This lease asks for a figure, not for a file.")
     _still_wanted(hub, lease)
     job = hub.job(lease["job"])
-    return checks.delta_cap(hub.recipe(job).merge.encoding, hub.shapes(job))
+    return checks.delta_cap(hub.recipe(job), hub.shapes(job))
 
 
 def keep_delta(hub: Hub, worker: str, lease_id: str, digest: str, spool: Spool) -> dict[str, Any]:
@@ -99,9 +99,9 @@ def contribute(hub: Hub, worker: str, lease_id: str, signed: SignedContribution)
     size = hub.objects.size(delta)
     if size is None:
         raise TrainChainError("delta.missing", f"No bytes were uploaded as {delta}.", hint="Upload the delta first.")
-    if size > checks.delta_cap(given.encoding, hub.shapes(job)):
+    if size > checks.delta_cap(recipe, hub.shapes(job)):
         raise TrainChainError("delta.too_large", f"The delta has {size} bytes.")
-    checks.read_delta(hub.objects.get(delta), given.encoding, hub.shapes(job), checks.reach(recipe, lease["round"]))
+    checks.read_delta(hub.objects.get(delta), recipe, hub.shapes(job), lease["round"])
 
     reward = shard_reward(recipe, lease["round"], lease["shard"])
     receipt_fields = {

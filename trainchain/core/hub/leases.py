@@ -92,7 +92,9 @@ def _take_shard(hub: Hub, db: Connection, query: Select[Any], worker: str, now: 
         job, round_ = one(db, jobs, id=shard["job"]), one(db, rounds, job=shard["job"], round=shard["round"])
         assert job is not None
         assert round_ is not None
-        return _offer(lease_id, "train", job, round_["round"], shard["shard"], round_["start"])
+        last = one(db, rounds, job=shard["job"], round=shard["round"] - 1)
+        came = {"before": last["start"], "outer_step": last["outer_step"]} if last is not None else {}
+        return _offer(lease_id, "train", job, round_["round"], shard["shard"], round_["start"]) | came
     return None
 
 

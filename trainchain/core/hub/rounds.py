@@ -8,13 +8,14 @@ import time
 from sqlalchemy import Connection, insert, select, update
 
 from trainchain.core.adapter import Adapter, adapter_bytes, read_adapter
-from trainchain.core.checks import reach, read_delta
+from trainchain.core.checks import read_delta
 from trainchain.core.hub import jobs, schema
 from trainchain.core.hub.contributions import accepted, drop_unnamed, publish_round
 from trainchain.core.hub.leases import sweep
 from trainchain.core.hub.service import Hub, attempt
 from trainchain.core.hub.store import Row, move, one
-from trainchain.core.merge.updates import Merged, Update, merge
+from trainchain.core.merge.moments import Adam
+from trainchain.core.merge.updates import Merged, Update, merge, outer_step
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.rewards import round_price
 from trainchain.core.states import Evaluation, Job, Round, Shard
@@ -134,18 +135,14 @@ def merge_round(hub: Hub, job: Row, round_: Row) -> Merged:
     """The merged adapter of a round, from its accepted contributions: a pure function of objects that everybody may
     read once the round is merged. Of a private job only the owner and its workers may, so nobody else can recompute
     its merges."""
-    recipe, shapes = hub.recipe(job), hub.shapes(job)
-    bound = reach(recipe, round_["round"])
-    updates = [
-        Update(
-            row["delta"],
-            recipe.counts[row["round"] - 1][row["shard"]].tokens,
-            read_delta(hub.objects.get(row["delta"]), recipe.merge.encoding, shapes, bound),
-        )
-        for row in accepted(hub, job["id"], round_["round"])
-    ]
+    recipe, training, shapes = hub.recipe(job), hub.recipe(job).training, hub.shapes(job)
+    updates = []
+    for row in accepted(hub, job["id"], round_["round"]):
+        found = read_delta(hub.objects.get(row["delta"]), recipe, shapes, row["round"])
+        updates.append(Update(row["delta"], recipe.counts[row["round"] - 1][row["shard"]].tokens, *found))
     before = _start_before(hub, round_) if recipe.merge.outer_momentum else None
-    return merge(recipe.merge, read_adapter(hub.objects.get(round_["start"])), updates, before=before)
+    adam = Adam(training.adam_beta1, training.adam_beta2, round_["round"] * recipe.steps)
+    return merge(recipe.merge, read_adapter(hub.objects.get(round_["start"])), updates, before=before, adam=adam)
 
 
 def _start_before(hub: Hub, round_: Row) -> Adapter | None:
@@ -158,11 +155,12 @@ def _start_before(hub: Hub, round_: Row) -> Adapter | None:
 def _merge(hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row) -> bool:
     began = time.perf_counter()
     merged = merge_round(hub, job, round_)
-    data = adapter_bytes(merged.adapter)
-    digest = hub.objects.put(data)
+    step = outer_step(recipe.merge, read_adapter(hub.objects.get(round_["start"])), merged)
+    data = adapter_bytes(step.adapter)
+    digest, step_digest = hub.objects.put(data), hub.objects.put(step.data)
     now, seconds = hub.clock(), time.perf_counter() - began
     with hub.store.write() as db:
-        fields = {"adapter": digest, "merged": now, "merge_seconds": seconds}
+        fields = {"adapter": digest, "outer_step": step_digest, "merged": now, "merge_seconds": seconds}
         worst = max(merged.truncation.values(), default=0.0)
         if not move(
             db,
@@ -175,12 +173,13 @@ def _merge(hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row) -> bool:
             **fields,
         ):
             return False
-        if one(db, schema.objects, digest=digest, job=job["id"]) is None:
-            db.execute(
-                insert(schema.objects).values(
-                    digest=digest, job=job["id"], size=len(data), public=not recipe.private, present=True
+        for each, size in {digest: len(data), step_digest: len(step.data)}.items():
+            if one(db, schema.objects, digest=each, job=job["id"]) is None:
+                db.execute(
+                    insert(schema.objects).values(
+                        digest=each, job=job["id"], size=size, public=not recipe.private, present=True
+                    )
                 )
-            )
         for delta, share in merged.shares.items():
             db.execute(
                 update(schema.contributions)

@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator
 
-VERSION = 4
+VERSION = 5
 metadata = MetaData()
 
 
@@ -89,6 +89,7 @@ rounds = Table(
     Column("version", Integer, nullable=False, default=0),
     Column("start", String(64), nullable=False),
     Column("adapter", String(64)),
+    Column("outer_step", String(64)),
     Column("opened", Float, nullable=False),
     Column("deadline", Float, nullable=False),
     Column("closed", Float),

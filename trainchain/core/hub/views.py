@@ -91,6 +91,7 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
                 "state": row["state"],
                 "start": row["start"],
                 "adapter": row["adapter"],
+                "outer_step": row["outer_step"],
                 "opened": row["opened"],
                 "closed": row["closed"],
                 "merged": row["merged"],

@@ -10,12 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainchain.core.adapter import A_SUFFIX, B_SUFFIX, Adapter
+from trainchain.core.adapter import A_SUFFIX, B_SUFFIX, Adapter, apply, delta, tensor_specs
+from trainchain.core.encodings import decode, encode
 from trainchain.core.errors import TrainChainError
 from trainchain.core.merge.lowrank import ROUNDING, Factors, distance, stack
 from trainchain.core.merge.methods import METHODS, Wanted
+from trainchain.core.merge.moments import Adam, merge_moments
 from trainchain.core.merge.robust import COORDINATES, RULES, Judged, Share, inner_products, plain
 from trainchain.core.models import Merge
+from trainchain.core.segments import Moments
 
 
 def modules_of(adapter: Adapter) -> list[str]:
@@ -31,27 +34,31 @@ def factors_of(adapter: Adapter, module: str) -> Factors:
 
 
 class Update(NamedTuple):
-    """One accepted contribution: its delta's digest, its weight, its delta."""
+    """One accepted contribution: its delta's digest, its weight, its delta, and AdamW's moments at its end."""
 
     digest: str
     weight: float
     delta: Adapter
+    moments: Moments | None = None
 
 
 class Merged(NamedTuple):
-    """The next adapter; per module the relative distance of the merge's B·A from what its method stands for; by digest
-    what became of each contribution."""
+    """The next adapter, and the moments to go on with; per module the relative distance of the merge's B·A from what
+    its method stands for; by digest what became of each contribution."""
 
     adapter: Adapter
+    moments: Moments | None
     truncation: dict[str, float]
     shares: dict[str, Share]
 
 
-def merge(way: Merge, start: Adapter, updates: Sequence[Update], *, before: Adapter | None = None) -> Merged:
+def merge(
+    way: Merge, start: Adapter, updates: Sequence[Update], *, before: Adapter | None = None, adam: Adam | None = None
+) -> Merged:
     """The adapter of the next round: the contributions' merge, and the outer step to it.
 
-    `before` is what the round before this one started from. Raises TrainChainError merge.unmergeable on what does not
-    fit.
+    `before` is what the round before this one started from; `adam`, which is needed where the updates have moments,
+    what these are of. Raises TrainChainError merge.unmergeable on what does not fit.
     """
     _check(start, updates)
     updates = sorted(updates, key=lambda update: (update.digest, update.weight))
@@ -66,8 +73,25 @@ def merge(way: Merge, start: Adapter, updates: Sequence[Update], *, before: Adap
         ends = [_end(begin, update.delta, module) for update in updates]
         found, truncation[module] = _merge_module(way, begin, parts, ends)
         merged[module + A_SUFFIX], merged[module + B_SUFFIX] = found.a.astype(np.float32), found.b.astype(np.float32)
-    adapter = _outer(way, start, merged, before)
-    return Merged(adapter, truncation, dict(zip((update.digest for update in updates), shares, strict=True)))
+    adapter, moments = _outer(way, start, merged, before), None
+    ended = [update.moments for update in updates if update.moments is not None]
+    if way.hands_on and adam is not None:
+        moments = merge_moments(adam, weights, ended)
+    return Merged(adapter, moments, truncation, dict(zip((update.digest for update in updates), shares, strict=True)))
+
+
+class OuterStep(NamedTuple):
+    """As it is published: the encoded step, and the adapter it leads to, from which the next round starts."""
+
+    data: bytes
+    adapter: Adapter
+
+
+def outer_step(way: Merge, start: Adapter, merged: Merged) -> OuterStep:
+    """The step from `start` to the merge in the recipe's encoding: what a worker who has `start` need fetch."""
+    data = encode(delta(merged.adapter, start), way.encoding, merged.moments)
+    found = decode(data, way.encoding, tensor_specs(start), moments=way.hands_on)
+    return OuterStep(data, apply(start, found.delta))
 
 
 def _merge_module(way: Merge, begin: Factors, parts: Sequence[float], ends: Sequence[Factors]) -> tuple[Factors, float]:

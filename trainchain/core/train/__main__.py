@@ -26,8 +26,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainchain.core.adapter import adapter_bytes, read_adapter
-from trainchain.core.encodings import encode
+from trainchain.core.adapter import adapter_bytes, read_adapter, tensor_specs
+from trainchain.core.encodings import decode, encode
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import ResolvedRecipe, parse
 
@@ -93,19 +93,24 @@ class Child:
             self._emit({"event": "step", "step": step, "steps": steps, "tokens": tokens, "loss": loss})
 
         engine, start = self._opened(), read_adapter(Path(request["start"]))
-        states = request.get("states")
+        way, step, states = engine.recipe.merge, request.get("outer_step"), request.get("states")
+        moments = None
+        if way.hands_on and step is not None:
+            moments = decode(Path(step).read_bytes(), way.encoding, tensor_specs(start), moments=True).moments
         result = engine.train(
             start,
             request["round"],
             request["shard"],
             request["lease"],
             on_step,
+            moments=moments,
             states=None if states is None else Path(states),
             block=_unsealed(request),
         )
         out = Path(request["out"])
         if engine.leads:
-            _publish(out / DELTA_FILE, encode(result.delta, engine.recipe.merge.encoding))
+            ended = result.moments if way.hands_on else None
+            _publish(out / DELTA_FILE, encode(result.delta, way.encoding, ended))
             _publish(out / END_FILE, adapter_bytes(result.end))
         return {
             "event": "done",

@@ -117,14 +117,18 @@ class AdaptedModel:
         return self._accelerator.process_index, self._accelerator.num_processes
 
     def begin(self, start: Adapter) -> None:
-        """Set the LoRA weights and start AdamW afresh. Raises TrainChainError job.invalid, naming the tensor."""
+        """Set the LoRA weights, for measuring; AdamW begins anew.
+
+        Raises TrainChainError job.invalid, naming the tensor.
+        """
         zeros = torch.zeros_like(self._weights)
         self._set(self._joined(start, "The adapter"), zeros, zeros.clone(), 0)
 
-    def restore(self, state: State) -> None:
-        """Go on from a state as if this process had come there itself."""
-        what = "The state"
-        self._set(self._joined(state.w, what), self._joined(state.m, what), self._joined(state.v, what), state.t)
+    def restore(self, state: State, before: int = 0, what: str = "The state") -> None:
+        """Go on from a state as if this process had come there itself; its moments saw `before` steps before the
+        shard's."""
+        w, m, v = (self._joined(part, what) for part in (state.w, state.m, state.v))
+        self._set(w, m, v, before + state.t)
 
     def _joined(self, tensors: Mapping[str, NDArray[np.float32]], what: str) -> Tensor:
         for name in sorted(self.shapes.keys() | tensors.keys()):

@@ -8,9 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainchain.core.adapter import Adapter
 from trainchain.core.errors import TrainChainError
-from trainchain.core.segments import State, StateDigests, read_state, start_state, state_bytes, state_digests
+from trainchain.core.segments import State, StateDigests, read_state, state_bytes, state_digests
 
 INDEX = "segments.jsonl"
 PENDING = 2
@@ -48,9 +47,9 @@ class Journal:
         if folder is not None:
             self._read(folder)
 
-    def begin(self, start: Adapter) -> None:
+    def begin(self, start: State) -> None:
         """Hash the state before the first step."""
-        self._start = self._thread.submit(lambda: state_digests(start_state(start)))
+        self._start = self._thread.submit(lambda: state_digests(start))
 
     def add(self, state: State, micro_tokens: int, losses: Sequence[float]) -> None:
         """Take a finished segment; returns before it is hashed and written."""

@@ -16,12 +16,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainchain.core.adapter import Adapter, adapter_bytes, delta
+from trainchain.core.adapter import Adapter, delta
 from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import Counts, FileRef, ResolvedRecipe
-from trainchain.core.schedule import learning_rate
-from trainchain.core.segments import State, leaf, segment_ends, state_root
+from trainchain.core.schedule import learning_rate, steps_before
+from trainchain.core.segments import (
+    Moments,
+    State,
+    Tensors,
+    leaf,
+    segment_ends,
+    start_state,
+    state_bytes,
+    state_root,
+)
 from trainchain.core.sharding import DataOrder
 from trainchain.core.train.adapted import AdaptedModel
 from trainchain.core.train.blocks import read_block, read_held_out
@@ -60,8 +69,9 @@ class ShardResult:
     `resumed` counts the segments that an earlier call had finished.
     """
 
-    end: Adapter
+    end: Tensors
     delta: Adapter
+    moments: Moments
     leaves: list[bytes]
     state_root: str
     segments: list[Segment]
@@ -130,37 +140,40 @@ class Engine:
         lease: str,
         on_step: OnStep | None = None,
         *,
+        moments: Moments | None = None,
         states: Path | None = None,
         block: bytes | None = None,
     ) -> ShardResult:
         """Train one shard from `start` under the 0x id `lease`; `on_step` comes at most four times a second.
 
-        The state at every segment's end is kept in the folder `states`; what lies there of this very shard is
-        not trained again. `block` is the plain text of a sealed job's shard. Raises TrainChainError:
-        data.count_mismatch and data.format before any training, job.invalid for an adapter of another base,
-        state.invalid, train.diverged, train.out_of_memory.
+        `moments` are what AdamW goes on with; without them it begins anew. The state at every segment's end is kept
+        in the folder `states`; what lies there of this very shard is not trained again. `block` is the plain text of
+        a sealed job's shard. Raises TrainChainError: data.count_mismatch and data.format before any training,
+        job.invalid for an adapter of another base, state.invalid, train.diverged, train.out_of_memory.
         """
         began = time.monotonic()
         plan = self._take(round, shard, block)
         check_counts(plan.counts, self.recipe.counts[round - 1][shard], f"shard {shard} of round {round}")
-        belongs = self._belongs(start, round, shard)
+        first, before = start_state(start, moments), steps_before(self.recipe, round) if moments else 0
+        belongs = self._belongs(first, round, shard)
         journal = Journal(states, belongs, self._adapted.shapes, keeps=self.leads)
         try:
             with memory_errors():
-                self._adapted.begin(start)
-                journal.begin(start)
+                self._adapted.restore(first, before, "The adapter")
+                journal.begin(first)
                 resumed = len(journal.segments)
-                end = self._run(plan, round, shard, journal, on_step)
-            first, segments = journal.finish()
+                end = self._run(plan, round, shard, journal, before, on_step)
+            begun, segments = journal.finish()
         finally:
             journal.close()
         lease_id = bytes.fromhex(lease.removeprefix("0x"))
-        ends = [(0, first), *((segment.t, segment.digests) for segment in segments)]
+        ends = [(0, begun), *((segment.t, segment.digests) for segment in segments)]
         leaves = [leaf(lease_id, index, t, digests) for index, (t, digests) in enumerate(ends)]
         losses = [loss for segment in segments for loss in segment.losses]
         return ShardResult(
-            end=end,
-            delta=delta(end, start),
+            end=end.w,
+            delta=delta(end.w, start),
+            moments=Moments(end.m, end.v),
             leaves=leaves,
             state_root=state_root(leaves),
             segments=segments,
@@ -181,7 +194,7 @@ class Engine:
             raise TrainChainError("state.invalid", f"Segment {segment} does not start after step {state.t}.")
         plan = self._take(round, shard, block)
         with memory_errors():
-            self._adapted.restore(state)
+            self._adapted.restore(state, steps_before(self.recipe, round))
             steps = range(state.t + 1, bounds[segment + 1] + 1)
             self._segment(plan, round, shard, steps, None)
             return self._adapted.snapshot(bounds[segment + 1])
@@ -253,12 +266,12 @@ class Engine:
         """An adapter that adds nothing."""
         return {name: np.zeros(shape, np.float32) for name, shape in self._adapted.shapes.items()}
 
-    def _belongs(self, start: Adapter, round: int, shard: int) -> dict[str, object]:
+    def _belongs(self, start: State, round: int, shard: int) -> dict[str, object]:
         return {
             "spec_hash": self.recipe.spec_hash,
             "round": round,
             "shard": shard,
-            "start": sha256(adapter_bytes(start)),
+            "start": sha256(state_bytes(start)),
             "numeric_class": self.numeric_class,
         }
 
@@ -285,16 +298,19 @@ class Engine:
             batches = shard_batches(self.recipe, self._order, round, shard)
         return plan_shard(self.documents, self._lengths, batches)
 
-    def _run(self, plan: Plan, round: int, shard: int, journal: Journal, on_step: OnStep | None) -> Adapter:
-        """All segments that the journal has not; returns the adapter at the end."""
+    def _run(
+        self, plan: Plan, round: int, shard: int, journal: Journal, steps_before: int, on_step: OnStep | None
+    ) -> State:
+        """All segments that the journal has not; returns the state at the end."""
         bounds = [0, *segment_ends(self.recipe.steps, self.recipe.training.segment_steps)]
         if journal.last is not None:
-            self._adapted.restore(journal.last)
+            self._adapted.restore(journal.last, steps_before)
         for before, after in list(pairwise(bounds))[len(journal.segments) :]:
             losses = self._segment(plan, round, shard, range(before + 1, after + 1), on_step)
             journal.add(self._adapted.snapshot(after), self.micro_tokens, losses)
             self._prepare_next(round, shard)
-        return self._adapted.adapter()
+        assert journal.last is not None
+        return journal.last
 
     def _segment(self, plan: Plan, round: int, shard: int, steps: range, on_step: OnStep | None) -> list[float]:
         """Some steps of a shard; losses and norms stay on the device and are read only to be shown and at the end."""

@@ -26,6 +26,7 @@ from trainchain.core.worker.fleet import Quota, Stopped
 from trainchain.core.worker.heart import OVER, Heart
 from trainchain.core.worker.keys import Exchange
 from trainchain.core.worker.opened import OpenedJob
+from trainchain.core.worker.starts import Start, fetch_start
 from trainchain.core.worker.volatile import Volatile
 
 POLL_SECONDS = 20.0
@@ -206,18 +207,17 @@ class Worker:
         return self._opened.prepare(lease, self._owner, self._fitting.get(lease.job, self._micro_tokens))
 
     def _evaluate(self, lease: Lease, files: JobFiles, sealed: Mapping[str, Any]) -> None:
-        adapter = self._start(lease, files.recipe)
+        adapter = self._start(lease, files.recipe).adapter
         request = {"op": "evaluate", "adapter": str(adapter), **sealed}
         result = self._fitted(lease, files.recipe, lambda: [*self._ask(request)][-1])
         report = {"loss": result["loss"], "samples": [text[:MAX_ANSWER] for text in result["samples"]]}
         self._insist("POST", f"/v1/leases/{lease.lease}/evaluation", report)
         self._tell("evaluated", job=lease.job, round=lease.round, **report)
 
-    def _start(self, lease: Lease, recipe: ResolvedRecipe) -> Path:
-        """The adapter a lease starts from: as large as the job's initial one, since it has the same tensors."""
-        place = self._cache.private(lease.job) if recipe.private else self._cache
-        belongs = f"adapter of {recipe.name}, round {lease.round}"
-        return place.object(self._client, lease.start, recipe.lora.initial.size, belongs=belongs)
+    def _start(self, lease: Lease, recipe: ResolvedRecipe) -> Start:
+        return fetch_start(
+            self._cache.private(lease.job) if recipe.private else self._cache, self._client, lease, recipe
+        )
 
     def _train(self, lease: Lease, files: JobFiles, sealed: Mapping[str, Any], heart: Heart) -> None:
         """Train the shard, on from what an earlier lease of it left, and hand it in."""
@@ -227,7 +227,8 @@ class Worker:
         began = time.monotonic()
         request = {
             "op": "train",
-            "start": str(start),
+            "start": str(start.adapter),
+            "outer_step": start.outer_step and str(start.outer_step),
             "round": lease.round,
             "shard": lease.shard,
             "lease": lease.lease,
