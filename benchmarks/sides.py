@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import rounds
 from jobs import ALPHA, IGNORED, Document, Job, R, Step, real_tokens
 
 BETAS, EPSILON, CLIP = (0.9, 0.999), 1e-8, 1.0
@@ -59,7 +60,15 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(spec["threads"])
-    sides = {"gemm": gemm, "trl": trl, "plain": plain, "ours": ours, "overhead": overhead, "score": score}
+    sides: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        "gemm": gemm,
+        "trl": trl,
+        "plain": plain,
+        "ours": ours,
+        "overhead": overhead,
+        "rounds": rounds.train,
+        "score": score,
+    }
     found = sides[spec["side"]](spec)
     Path(spec["result"]).write_text(json.dumps(found), encoding="utf-8")
 

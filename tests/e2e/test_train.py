@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from tests.e2e.conftest import COMMAND, PATIENCE, Machine, write_recipe
-from trainchain.core.adapter import adapter_bytes, delta, read_adapter
+from trainchain.core.adapter import adapter_bytes, delta, read_adapter, tensor_specs
 from trainchain.core.digests import sha256, sha256_file
 from trainchain.core.encodings import encode
+from trainchain.core.segments import Moments, read_state
 
 ONE = ["--threads", "1"]
 SAME = ("spec_hash", "start", "delta", "end", "state_root", "leaves", "micro_tokens", "losses", "numeric_class")
@@ -43,7 +44,8 @@ def test_the_folder_holds_adapter_delta_and_commitments(trained: dict[str, Any])
     assert kept["end"] == sha256_file(folder / "adapter_model.safetensors")
     start = read_adapter(folder / "states" / "start.safetensors")
     end = read_adapter(folder / "adapter_model.safetensors")
-    assert (folder / "delta.safetensors").read_bytes() == encode(delta(end, start), "int4")
+    last = read_state((folder / "states" / "state-00003.safetensors").read_bytes(), 3, tensor_specs(start))
+    assert (folder / "delta.safetensors").read_bytes() == encode(delta(end, start), "int4", Moments(last.m, last.v))
     assert not (trained["folder"] / "home" / "wallet.json").exists()
 
 
