@@ -13,7 +13,7 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -324,12 +324,12 @@ def study(runs: Runs, figures: list[report.Figure], more: dict[str, Any]) -> Non
     figures += [_plain(f"loss against ours: {each.side}, seed 0", gap(each, run(OURS))) for each in others]
     figures += _bytes(runs, [run(OURS), *(each for each in longer if each.side == OURS)])
     if plan.domains:
-        _domains(runs, figures, more)
+        _domains(runs, figures, _tuned(runs, more, domains=True) if plan.seeds > 1 else rates)
 
 
-def _domains(runs: Runs, figures: list[report.Figure], more: dict[str, Any]) -> None:
+def _domains(runs: Runs, figures: list[report.Figure], rates: Mapping[str, float]) -> None:
     """One domain a worker, held-out rows of all."""
-    rates, first = _tuned(runs, more, domains=True), runs.plan.per_round[0]
+    first = runs.plan.per_round[0]
     ours = [side for side in WAYS if side in (OURS, "ours, factor-mean")]
     wanted = [Run(side, 0, rates[TUNED_LIKE[side]], first, domains=True) for side in (ONE, FACTOR, *ours)]
     runs.train(wanted)
