@@ -98,6 +98,8 @@ def _merged(
     adapters: Sequence[AdapterFolder], shares: Sequence[float], method: str, rank: int, density: float, scale: float
 ) -> Iterator[tuple[str, Factors, float]]:
     """Every module's factors of the wanted rank, the result's scale taken out of B again."""
+    # One room for the factors of every module: memory that is new each time costs as much as what is done with it.
+    room = np.empty(max(sum(adapter.count(module) for adapter in adapters) for module in adapters[0].modules))
     with _opened(adapters) as files:
         for module in adapters[0].modules:
             lies = [adapter.raw(file, module) for adapter, file in zip(adapters, files, strict=True)]
@@ -105,7 +107,8 @@ def _merged(
             each = sorted(zip(lies, (adapter.scales[module] for adapter in adapters), shares, adapters, strict=True),
                           key=lambda one: one[:3])  # fmt: skip
             drops = [int(sha256(module.encode() + b + a)[:16], 16) for (b, a), *_ in each] if method == "dare" else []
-            factors = [adapter.factors(raw, module) for raw, _, _, adapter in each]
+            rooms = np.split(room, np.cumsum([adapter.count(module) for *_, adapter in each]))
+            factors = [adapter.factors(raw, module, own) for (raw, *_, adapter), own in zip(each, rooms, strict=False)]
             like = factors[0].a if factors[0].rank == rank else None
             wanted = Wanted(rank, like=like, density=density, seeds=drops)
             found, error = METHODS[method]([share for _, _, share, _ in each], factors, wanted)
