@@ -141,23 +141,26 @@ def _krylov(product: Factors | Dense, rank: int) -> Leading:
         basis, images = np.vstack([basis, block]), np.vstack([images, image])
         following = product.over(image)
         fresh, whole = _without(following, basis), float(np.linalg.norm(following))
-        if _missed(images, fresh, rank) <= SETTLED:
+        energy, turns = np.linalg.eigh(images @ images.T)
+        if _missed(energy[-rank:], turns[-len(block) :, -rank:], fresh) <= SETTLED:
             break
-    right, small = np.linalg.qr(images.T)
+    if not len(basis):
+        return Leading(basis.T, np.zeros(0), images, 0.0)
+    most = turns[:, -(rank + OVERSAMPLING) :]
+    right, small = np.linalg.qr(images.T @ most)
     u, s, vt = np.linalg.svd(small.T)
-    rest = float(np.sum(_without(probes, basis) ** 2)) / PROBES
-    return Leading(basis.T @ u, s, vt @ right.T, rest)
+    rest = float(np.sum(_without(probes, basis) ** 2)) / PROBES + float(np.sum(energy[: -most.shape[1]].clip(0.0)))
+    return Leading(basis.T @ (most @ u), s, vt @ right.T, rest)
 
 
-def _missed(images: Matrix, fresh: Matrix, rank: int) -> float:
+def _missed(energy: Matrix, turns: Matrix, fresh: Matrix) -> float:
     """What M makes of the leading right vectors outside the space, as a share of what it makes of them inside.
 
-    All but the last block's part in them was multiplied before and lies inside.
+    `fresh` is what the last block's images have there, `turns` that block's part in each vector: all others were
+    multiplied before, and lie inside.
     """
-    energy, u = np.linalg.eigh(images @ images.T)
-    energy, u = energy[-rank:], u[-len(fresh) :, -rank:]
     signal = energy > ROUNDING**2 * energy[-1]
-    outside = u[:, signal].T @ fresh / np.sqrt(energy[signal])[:, None]
+    outside = turns[:, signal].T @ fresh / np.sqrt(energy[signal])[:, None]
     return float(np.sum(outside**2) / np.sum(energy)) if signal.any() else 0.0
 
 
