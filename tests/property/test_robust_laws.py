@@ -152,6 +152,25 @@ def test_who_is_left_out_leaves_no_trace(seed: int, attack: str) -> None:
 
 
 @settings(deadline=None, max_examples=60)
+@given(seed=seeds, attack=st.sampled_from(sorted(ATTACKS)), crew=st.sampled_from([(4, 1), (8, 2)]))
+def test_the_honest_may_be_of_one_mind(seed: int, attack: str, crew: tuple[int, int]) -> None:
+    """However alike they are, they are no copies of each other, and outweigh who is not."""
+    random = np.random.default_rng(seed)
+    begin = start(random)
+    one = honest(random, begin, 1)[0]
+    good = [
+        Factors(one.b + 0.002 * random.normal(size=one.b.shape), one.a + 0.002 * random.normal(size=one.a.shape))
+        for _ in range(crew[0] - crew[1])
+    ]
+    bad = [ATTACKS[attack](random, begin, good) for _ in range(crew[1])]
+
+    shares = judge("gate", begin, [*bad, *good])
+
+    assert all(share.weight == 0 for share in shares[: crew[1]])
+    assert all(share.weight == 1 for share in shares[crew[1] :])
+
+
+@settings(deadline=None, max_examples=60)
 @given(seed=seeds, count=st.integers(1, 9))
 def test_never_more_than_half_are_left_out(seed: int, count: int) -> None:
     random = np.random.default_rng(seed)

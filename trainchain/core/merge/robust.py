@@ -11,11 +11,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trainchain.core.merge.lowrank import Factors, Matrix
+from trainchain.core.merge.lowrank import ROUNDING, Factors, Matrix
 from trainchain.core.merge.methods import Wanted, product_mean
 
-ALIKE = 0.98
-"""Cosine above which two updates are one: they share the weight of the heavier."""
+ALIKE = 0.3
+"""Two updates are one, and share the weight of the heavier, where their cosine lacks less than this share of what is
+usual of one: honest updates of a round are about as unlike each other as any two of them."""
+USUAL = 1 / 3
+"""The quantile of the pairs that is usual: of four with one attacker, or of eight with two, half the pairs are honest,
+and copies make few."""
 FEW = 3
 """Below as many updates nothing tells the odd one from the others."""
 AWAY, FAR = 0.5, 1.15
@@ -165,7 +169,10 @@ def _squares(inner: Matrix) -> Matrix:
 
 def _alike(inner: Matrix) -> NDArray[np.bool_]:
     """Which updates are copies of which; each is one of itself."""
-    found: NDArray[np.bool_] = (_cosines(inner) > ALIKE) | np.eye(len(inner), dtype=bool)
+    itself = np.eye(len(inner), dtype=bool)
+    apart = 1.0 - _cosines(inner)
+    usual = float(np.quantile(apart[~itself], USUAL)) if len(inner) > 1 else 0.0
+    found: NDArray[np.bool_] = (apart + ROUNDING < ALIKE * usual) | itself
     return found
 
 
