@@ -95,7 +95,7 @@ def main() -> int:
             figures.append(
                 report.must(
                     "PEFT svd, all modules",
-                    round(whole),
+                    round(whole, 1),
                     "s",
                     "it is slower",
                     ratio > 1,
