@@ -120,6 +120,67 @@ def test_the_gate_leaves_out_who_attacks(attack: str, count: int, bad: int, seed
 
 
 @settings(deadline=None, max_examples=60)
+@given(seed=seeds, count=st.sampled_from([4, 8]), data=st.data())
+def test_a_copy_drives_nobody_out(seed: int, count: int, data: st.DataObject) -> None:
+    random = np.random.default_rng(seed)
+    begin = start(random)
+    good = honest(random, begin, count - count // 4)
+    turn = random.normal(size=(RANK, RANK)) + 3 * np.eye(RANK)
+    copies = [Factors(each.b @ np.linalg.inv(turn), turn @ each.a) for each in good[: count // 4]]
+
+    shares = judge("gate", begin, data.draw(st.permutations([*copies, *good])))
+
+    assert sorted(round(share.weight, 9) for share in shares) == [0.5] * (2 * len(copies)) + [1.0] * (
+        count - 2 * len(copies)
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, attack=st.sampled_from(sorted(ATTACKS)))
+def test_who_is_left_out_leaves_no_trace(seed: int, attack: str) -> None:
+    random = np.random.default_rng(seed)
+    begin = start(random)
+    good = honest(random, begin, 6)
+    bad = [ATTACKS[attack](random, begin, good) for _ in range(2)]
+
+    shares = judge("gate", begin, [*good, *bad])
+
+    assert all(share.weight == 0 for share in shares[6:])
+    for share, alone in zip(shares, judge("clip", begin, good), strict=False):
+        assert (share.weight, share.why) == (alone.weight, alone.why)
+        assert share.scale == pytest.approx(alone.scale)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, attack=st.sampled_from(sorted(ATTACKS)), crew=st.sampled_from([(4, 1), (8, 2)]))
+def test_the_honest_may_be_of_one_mind(seed: int, attack: str, crew: tuple[int, int]) -> None:
+    """However alike they are, they are no copies of each other, and outweigh who is not."""
+    random = np.random.default_rng(seed)
+    begin = start(random)
+    one = honest(random, begin, 1)[0]
+    good = [
+        Factors(one.b + 0.002 * random.normal(size=one.b.shape), one.a + 0.002 * random.normal(size=one.a.shape))
+        for _ in range(crew[0] - crew[1])
+    ]
+    bad = [ATTACKS[attack](random, begin, good) for _ in range(crew[1])]
+
+    shares = judge("gate", begin, [*bad, *good])
+
+    assert all(share.weight == 0 for share in shares[: crew[1]])
+    assert all(share.weight == 1 for share in shares[crew[1] :])
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, count=st.integers(1, 9))
+def test_never_more_than_half_are_left_out(seed: int, count: int) -> None:
+    random = np.random.default_rng(seed)
+    begin = start(random)
+    ends = [scaled(begin, start(random), random.uniform(-5, 5)) for _ in range(count)]
+
+    assert sum(share.weight == 0 for share in judge("gate", begin, ends)) <= (count - 1) // 2
+
+
+@settings(deadline=None, max_examples=60)
 @given(seed=seeds, copies=st.integers(1, 4))
 def test_copies_have_the_weight_of_one(seed: int, copies: int) -> None:
     random = np.random.default_rng(seed)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,10 @@ from trainchain.core.errors import TrainChainError
 if TYPE_CHECKING:
     from trainchain.core.merge.peft_folder import AdapterFolder
 
+RESIDUAL = "residual"
+"""A factor mean, and a base of its own that has what it lacks."""
 CHANGED_BASE = "base"
-"""Beside an adapter merged with `residual`: the base that it belongs to."""
+"""That base's folder, beside the adapter."""
 
 
 def merge(
@@ -32,16 +35,26 @@ def merge(
 ) -> dict[str, Any]:
     """Merge, tell of every module, and measure where that was asked for."""
     from trainchain.core.merge.folders import merge_folders
+    from trainchain.core.merge.methods import METHODS
 
-    if (eval_ is not None or method == "residual") and base is None:
+    if method not in (names := [*METHODS, RESIDUAL]):
+        raise TrainChainError("usage.flag", f"There is no method {method!r}.", hint=f"Take one of {', '.join(names)}.")
+    if (eval_ is not None or method == RESIDUAL) and base is None:
         raise TrainChainError("usage.flag", f"{'--eval' if eval_ else 'residual'} needs the base.", hint="--base DIR")
     for path in (path for path in (base, eval_) if path is not None and not path.exists()):
         raise TrainChainError("usage.file", f"{path} is not there.", hint="Check the path.")
 
     def told(done: int, count: int, module: str, error: float) -> None:
-        out.note(f"{done:>4}/{count}  error {error:.2e}  {module}")
+        out.note(f"{done:>{len(str(count))}}/{count}  error {_share(error)}  {module}")
 
-    residual = method == "residual"
+    residual = method == RESIDUAL
+    losses = _losses(base, eval_, adapters, output, residual, out, rows) if base is not None and eval_ else iter(())
+    measured: dict[str, float] = {}
+
+    def ready() -> None:
+        """The base is measured first: what it or the rows have against that is said before anything is merged."""
+        measured.update(islice(losses, 1))
+
     document = merge_folders(
         adapters,
         output,
@@ -50,19 +63,20 @@ def merge(
         rank=rank,
         density=density,
         any_base=base is not None,
+        ready=ready,
         on_module=told,
         beside=partial(_fold_residual, base, out) if residual and base is not None else None,
     )
     worst = max(document["errors"], key=document["errors"].__getitem__)
     out.note(
         f"merged   {len(adapters)} adapters by {method}, rank {document['rank']}; "
-        f"largest error {document['errors'][worst]:.2e}, in {worst}"
+        f"largest error {_share(document['errors'][worst]).strip()}, in {worst}"
     )
     if residual:
         document |= {"method": method, "base": str(output / CHANGED_BASE)}
         out.note(f"base     {document['base']}  what the adapter lacks of the exact mean is folded into it: use both")
-    if base is not None and eval_ is not None:
-        document["losses"] = _measure(base, eval_, adapters, output, residual, out, rows)
+    if measured:
+        document["losses"] = measured | dict(losses)
     return document
 
 
@@ -70,12 +84,13 @@ def _fold_residual(
     base: Path, out: Output, making: Path, adapters: Sequence[AdapterFolder], shares: list[float]
 ) -> None:
     from trainchain.cli.plan import hush
+
+    hush()
     from trainchain.core.adapter import PREFIX
     from trainchain.core.merge.folders import residual_adapter
     from trainchain.core.models import FileRef, Lora
     from trainchain.core.train.fold import fold
 
-    hush()
     adapter, rank = residual_adapter(adapters, shares)
     targets = [module.removeprefix(PREFIX) for module in adapters[0].modules]
     none = FileRef(name="initial.safetensors", sha256="0" * 64, size=0)
@@ -84,24 +99,29 @@ def _fold_residual(
     fold(base, adapter, Lora(r=rank, alpha=rank, targets=targets, initial=none), making / CHANGED_BASE)
 
 
-def _measure(
+def _losses(
     base: Path, rows_of: Path, adapters: list[Path], result: Path, residual: bool, out: Output, rows: int
-) -> dict[str, float]:
-    """The held-out losses of the base, of what was merged, and of the result."""
+) -> Iterator[tuple[str, float]]:
+    """The held-out losses of the base, of what was merged, and of the result, each measured when it is asked for."""
     from trainchain.cli.plan import hush
+
+    hush()  # before the libraries that it is for
     from trainchain.core.train.compare import held_out_losses
 
-    hush()
-    names = ["base", *map(str, adapters)] + ([] if residual else [str(result)])
+    def told(name: str, loss: float, more: str = "") -> tuple[str, float]:
+        out.note(f"loss     {loss:.4f}  {name}{more}")
+        return name, loss
+
     wanted = adapters if residual else [*adapters, result]
-    losses: dict[str, float] = {}
-    for name, loss in zip(names, held_out_losses(base, rows_of, wanted, limit=rows), strict=True):
-        losses[name] = loss
-        out.note(f"loss     {loss:.4f}  {name}")
+    for name, loss in zip(["base", *map(str, wanted)], held_out_losses(base, rows_of, wanted, limit=rows), strict=True):
+        yield told(name, loss)
     if residual:
-        losses[str(result)] = list(held_out_losses(result / CHANGED_BASE, rows_of, [result], limit=rows))[1]
-        out.note(f"loss     {losses[str(result)]:.4f}  {result} on its own base")
-    return losses
+        own = list(held_out_losses(result / CHANGED_BASE, rows_of, [result], limit=rows))
+        yield told(str(result), own[1], " on its own base")
+
+
+def _share(error: float) -> str:
+    return f"{100 * error:6.2f} %" if error >= 5e-5 or error == 0 else f"{error:8.1e}"
 
 
 def _numbers(text: str | None) -> list[float] | None:

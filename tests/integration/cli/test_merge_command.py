@@ -138,3 +138,26 @@ def test_a_full_disk_is_told_of_and_nothing_is_left(two: list[str], tmp_path: Pa
     assert "error[disk.full]" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_nothing_can_be_measured_on_are_refused_before_anything_is_merged(
+    base: Path, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text('{"x": 1}\n', encoding="utf-8")
+
+    code, _, err = typed(capsys, *two, "-o", out, "--base", base, "--eval", rows)
+
+    assert code == 2
+    assert "error[data.format]" in err
+    assert "error " not in err.splitlines()[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
+
+
+def test_every_method_is_named_to_who_names_none_of_them(
+    two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = typed(capsys, *two, "-o", tmp_path / "out", "--method", "mean")
+
+    assert code == 2
+    assert "stacking, ties, dare, residual" in err

@@ -41,14 +41,16 @@ def merge_folders(
     rank: int | None = None,
     density: float | None = None,
     any_base: bool = False,
+    ready: Callable[[], None] = lambda: None,
     on_module: OnModule = lambda *_: None,
     beside: Beside | None = None,
 ) -> dict[str, Any]:
     """Write the merge of several adapters into the new folder `target`; the same whatever order they are named in.
 
     `weights` are shares, one for each folder (default: equal). `rank` is the result's where the method chooses one
-    (default: the largest that goes in). `beside` puts more into the folder before it is put in place. Raises
-    TrainChainError: adapter.unreadable, merge.unmergeable, usage.flag, disk.full; then nothing is left of it.
+    (default: the largest that goes in). `ready` comes when all is checked but the numbers. `beside` puts more into the
+    folder before it is put in place. Raises TrainChainError: adapter.unreadable, merge.unmergeable, usage.flag,
+    disk.full; then nothing is left of it.
     """
     if len(folders) < 2:
         raise TrainChainError("usage.flag", "One adapter is nothing to merge.", hint="Name two folders or more.")
@@ -63,6 +65,7 @@ def merge_folders(
     scale, alpha = _common_scale(adapters, method, wanted)
     errors: dict[str, float] = {}
     with _making(target) as making:
+        ready()
         config = _merged_config(adapters, wanted, alpha)
         (making / CONFIG_FILE).write_text(config, encoding="utf-8", newline="\n")
         _copy_tokenizer(adapters, making)
@@ -98,6 +101,8 @@ def _merged(
     adapters: Sequence[AdapterFolder], shares: Sequence[float], method: str, rank: int, density: float, scale: float
 ) -> Iterator[tuple[str, Factors, float]]:
     """Every module's factors of the wanted rank, the result's scale taken out of B again."""
+    # One room for the factors of every module: memory that is new each time costs as much as what is done with it.
+    room = np.empty(max(sum(adapter.count(module) for adapter in adapters) for module in adapters[0].modules))
     with _opened(adapters) as files:
         for module in adapters[0].modules:
             lies = [adapter.raw(file, module) for adapter, file in zip(adapters, files, strict=True)]
@@ -105,7 +110,8 @@ def _merged(
             each = sorted(zip(lies, (adapter.scales[module] for adapter in adapters), shares, adapters, strict=True),
                           key=lambda one: one[:3])  # fmt: skip
             drops = [int(sha256(module.encode() + b + a)[:16], 16) for (b, a), *_ in each] if method == "dare" else []
-            factors = [adapter.factors(raw, module) for raw, _, _, adapter in each]
+            rooms = np.split(room, np.cumsum([adapter.count(module) for *_, adapter in each]))
+            factors = [adapter.factors(raw, module, own) for (raw, *_, adapter), own in zip(each, rooms, strict=False)]
             like = factors[0].a if factors[0].rank == rank else None
             wanted = Wanted(rank, like=like, density=density, seeds=drops)
             found, error = METHODS[method]([share for _, _, share, _ in each], factors, wanted)
@@ -224,7 +230,7 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
     if weights is None:
         return [1.0 / count] * count
     if len(weights) != count:
-        raise TrainChainError("usage.flag", f"--weights has {len(weights)} numbers for {count} adapters.")
+        raise TrainChainError("usage.flag", f"{count} adapters need {count} weights; --weights has {len(weights)}.")
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
         raise TrainChainError("usage.flag", f"--weights has {min(weights):g}; a weight is 0 or more.")
     total = math.fsum(weights)

@@ -19,8 +19,8 @@ THIN = 256
 """Columns of a stack up to which QR and a small SVD are the cheaper way."""
 OVERSAMPLING = 8
 PASSES = 12
-SETTLED = 1e-13
-"""The Krylov space is large enough when a pass adds less than this share to the energy that the rank holds."""
+SETTLED = 1e-14
+"""The Krylov space is large enough when its leading pairs miss the product by less than this share of its energy."""
 PROBES = 16
 
 
@@ -39,11 +39,13 @@ class Factors(NamedTuple):
         """Of the product: (out, in)."""
         return int(self.b.shape[0]), int(self.a.shape[1])
 
-    def times(self, right: Matrix) -> Matrix:
-        return self.b @ (self.a @ right)
+    def over(self, rows: Matrix) -> Matrix:
+        """The product times each row (k, in). BLAS is fastest where the few rows stand on the left."""
+        return (rows @ self.a.T) @ self.b.T
 
-    def under(self, left: Matrix) -> Matrix:
-        return (left @ self.b) @ self.a
+    def under(self, rows: Matrix) -> Matrix:
+        """Each row (k, out) times the product."""
+        return (rows @ self.b) @ self.a
 
 
 class Dense(NamedTuple):
@@ -55,11 +57,11 @@ class Dense(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return int(self.m.shape[0]), int(self.m.shape[1])
 
-    def times(self, right: Matrix) -> Matrix:
-        return self.m @ right
+    def over(self, rows: Matrix) -> Matrix:
+        return rows @ self.m.T
 
-    def under(self, left: Matrix) -> Matrix:
-        return left @ self.m
+    def under(self, rows: Matrix) -> Matrix:
+        return rows @ self.m
 
 
 class Leading(NamedTuple):
@@ -73,8 +75,13 @@ class Leading(NamedTuple):
 
 def stack(weights: Sequence[float], factors: Sequence[Factors]) -> Factors:
     """[w_1 B_1 ... w_n B_n] and [A_1; ...; A_n], whose product is the sum of w_i B_i A_i."""
-    left = np.hstack([weight * each.b for weight, each in zip(weights, factors, strict=True)])
-    return Factors(left, np.vstack([each.a for each in factors]))
+    edges = np.cumsum([0, *(each.rank for each in factors)])
+    # B lies column by column, as A row by row: each contribution is then one piece of memory in both.
+    columns, rows = (np.empty((edges[-1], width)) for width in factors[0].shape)
+    for weight, each, begin, end in zip(weights, factors, edges, edges[1:], strict=False):
+        np.multiply(each.b.T, weight, out=columns[begin:end])
+        rows[begin:end] = each.a
+    return Factors(columns.T, rows)
 
 
 def norm(product: Factors) -> float:
@@ -116,35 +123,58 @@ def _exact(product: Factors) -> Leading:
 
 
 def _krylov(product: Factors | Dense, rank: int) -> Leading:
-    """Blocks of (M M^T)^k M G, each made orthogonal to those before; the energy outside is told by a few probes."""
+    """Blocks of (M M^T)^k M G, each made orthogonal to those before; the energy outside is told by a few probes.
+
+    Vectors are rows. M has the leading pairs' right vectors exactly in the space but for what the next block has
+    beyond it, so that this tells when there is nothing left to gain.
+    """
     out, into = product.shape
-    signs = _signs(into, rank + OVERSAMPLING + PROBES)
-    basis, images = np.zeros((out, 0)), np.zeros((0, into))
-    block = product.times(signs[:, PROBES:])
-    held = 0.0
+    first = product.over(_signs(rank + OVERSAMPLING + PROBES, into))
+    probes, fresh = first[:PROBES], first[PROBES:]
+    whole = float(np.linalg.norm(fresh))
+    basis, images = np.zeros((0, out)), np.zeros((0, into))
     for _ in range(PASSES):
-        block = _beyond(block, basis)
-        if not block.shape[1]:
+        block = _orthonormal(fresh, basis, whole)
+        if not len(block):
             break
-        image = product.under(block.T)
-        basis, images = np.hstack([basis, block]), np.vstack([images, image])
-        now = float(np.sum(np.linalg.eigvalsh(images @ images.T)[-rank:]))
-        if now - held <= SETTLED * now:
+        image = product.under(block)
+        basis, images = np.vstack([basis, block]), np.vstack([images, image])
+        following = product.over(image)
+        fresh, whole = _without(following, basis), float(np.linalg.norm(following))
+        energy, turns = np.linalg.eigh(images @ images.T)
+        if _missed(energy[-rank:], turns[-len(block) :, -rank:], fresh) <= SETTLED:
             break
-        held = now
-        block = product.times(image.T)
-    u, s, vt = np.linalg.svd(images, full_matrices=False)
-    probes = product.times(signs[:, :PROBES])
-    probes -= basis @ (basis.T @ probes)
-    return Leading(basis @ u, s, vt, float(np.sum(probes**2)) / PROBES)
+    if not len(basis):
+        return Leading(basis.T, np.zeros(0), images, 0.0)
+    most = turns[:, -(rank + OVERSAMPLING) :]
+    right, small = np.linalg.qr(images.T @ most)
+    u, s, vt = np.linalg.svd(small.T)
+    rest = float(np.sum(_without(probes, basis) ** 2)) / PROBES + float(np.sum(energy[: -most.shape[1]].clip(0.0)))
+    return Leading(basis.T @ (most @ u), s, vt @ right.T, rest)
 
 
-def _beyond(block: Matrix, basis: Matrix) -> Matrix:
-    """An orthonormal basis of what `block` has outside the span of `basis`, rounding left out."""
-    whole = float(np.linalg.norm(block))
-    u, s, _ = np.linalg.svd(block - basis @ (basis.T @ block), full_matrices=False)
-    found = u[:, s > ROUNDING * whole]
-    fresh: Matrix = np.linalg.qr(found - basis @ (basis.T @ found))[0]
+def _missed(energy: Matrix, turns: Matrix, fresh: Matrix) -> float:
+    """What M makes of the leading right vectors outside the space, as a share of what it makes of them inside.
+
+    `fresh` is what the last block's images have there, `turns` that block's part in each vector: all others were
+    multiplied before, and lie inside.
+    """
+    signal = energy > ROUNDING**2 * energy[-1]
+    outside = turns[:, signal].T @ fresh / np.sqrt(energy[signal])[:, None]
+    return float(np.sum(outside**2) / np.sum(energy)) if signal.any() else 0.0
+
+
+def _without(rows: Matrix, basis: Matrix) -> Matrix:
+    """The rows without what they have in the span of an orthonormal basis."""
+    return rows - (rows @ basis.T) @ basis
+
+
+def _orthonormal(rows: Matrix, basis: Matrix, whole: float) -> Matrix:
+    """An orthonormal basis of the rows' span, across `basis`, without what is rounding beside a norm of `whole`."""
+    q, r = np.linalg.qr(rows.T)
+    u, s, _ = np.linalg.svd(r)
+    found = _without((q @ u[:, s > ROUNDING * whole]).T, basis)
+    fresh: Matrix = np.linalg.inv(np.linalg.cholesky(found @ found.T)) @ found
     return fresh
 
 

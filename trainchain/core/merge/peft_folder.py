@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from trainchain.core.adapter import A_SUFFIX, B_SUFFIX, CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from trainchain.core.digests import sha256_file
 from trainchain.core.errors import TrainChainError
-from trainchain.core.merge.lowrank import Factors
+from trainchain.core.merge.lowrank import Factors, Matrix
 from trainchain.core.segments import from_bf16
 
 MAX_CONFIG = 1 << 20
@@ -71,16 +71,26 @@ class AdapterFolder:
             found.append(file.read(slot.size))
         return found[0], found[1]
 
-    def factors(self, raw: tuple[bytes, bytes], module: str) -> Factors:
-        """In float64, the scale in B. Raises TrainChainError merge.unmergeable on numbers that are not finite."""
-        made = []
-        for suffix, data in zip((B_SUFFIX, A_SUFFIX), raw, strict=True):
+    def count(self, module: str) -> int:
+        """How many numbers its factors are."""
+        return sum(math.prod(self.slots[module + suffix].shape) for suffix in (B_SUFFIX, A_SUFFIX))
+
+    def factors(self, raw: tuple[bytes, bytes], module: str, room: Matrix | None = None) -> Factors:
+        """In float64, the scale in B; in `room`, of `count` numbers, where that is given.
+
+        Raises TrainChainError merge.unmergeable on numbers that are not finite.
+        """
+        room = np.empty(self.count(module)) if room is None else room
+        made, at = [], 0
+        for suffix, data, scale in zip((B_SUFFIX, A_SUFFIX), raw, (self.scales[module], 1.0), strict=True):
             slot = self.slots[module + suffix]
-            values = _numbers(data, slot)
+            values = _numbers(data, slot.dtype)
             if not np.isfinite(values).all():
                 raise unmergeable(self.path, f"{module.removeprefix(PREFIX)} holds NaN or infinity")
-            made.append(values)
-        return Factors(made[0] * self.scales[module], made[1])
+            made.append(room[at : at + values.size].reshape(slot.shape))
+            np.multiply(values.reshape(slot.shape), scale, out=made[-1], dtype=np.float64)
+            at += values.size
+        return Factors(made[0], made[1])
 
 
 def look(path: Path) -> AdapterFolder:
@@ -184,11 +194,9 @@ def _of_pattern(path: Path, config: Mapping[str, Any], key: str, module: str, us
     return next((value for name, value in pattern.items() if f".{module}".endswith(f".{name}")), usual)
 
 
-def _numbers(data: bytes, slot: Slot) -> NDArray[np.float64]:
-    values = np.frombuffer(data, _DTYPES[slot.dtype])
-    if slot.dtype == "BF16":
-        values = from_bf16(values)
-    return values.astype(np.float64).reshape(slot.shape)
+def _numbers(data: bytes, dtype: str) -> NDArray[np.floating[Any]]:
+    values = np.frombuffer(data, _DTYPES[dtype])
+    return from_bf16(values) if dtype == "BF16" else values
 
 
 def _unreadable(path: Path, why: str) -> TrainChainError:

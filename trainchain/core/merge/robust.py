@@ -9,16 +9,22 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from trainchain.core.merge.lowrank import Factors, Matrix
+from trainchain.core.merge.lowrank import ROUNDING, Factors, Matrix
 from trainchain.core.merge.methods import Wanted, product_mean
 
-ALIKE = 0.98
-"""Cosine above which two updates are one: they share the weight of the heavier."""
+ALIKE = 0.3
+"""Two updates are one, and share the weight of the heavier, where their cosine lacks less than this share of what is
+usual of one: honest updates of a round are about as unlike each other as any two of them."""
+USUAL = 1 / 3
+"""The quantile of the pairs that is usual: of four with one attacker, or of eight with two, half the pairs are honest,
+and copies make few."""
 FEW = 3
 """Below as many updates nothing tells the odd one from the others."""
-FAR = 1.15
-"""Times the usual mean distance to the others: honest updates of shuffled shards keep close to it."""
+AWAY, FAR = 0.5, 1.15
+"""Times the round's median, of the cosine to the others and of the distance to them: honest updates of shuffled shards
+differ little in either."""
 
 
 class Share(NamedTuple):
@@ -61,10 +67,10 @@ def clip(judged: Judged) -> list[Share]:
     lengths = _lengths(judged.inner)
     longest = float(np.median(lengths))
     scales = np.minimum(1.0, np.divide(longest, lengths, out=np.ones_like(lengths), where=lengths > 0))
-    cosines = _cosines(judged.inner)
+    alike = _alike(judged.inner)
     shares = []
     for at, scale in enumerate(scales):
-        group = [other for other in range(len(scales)) if other == at or cosines[at, other] > ALIKE]
+        group = np.flatnonzero(alike[at]).tolist()
         heaviest, together = max(judged.weights[k] for k in group), sum(judged.weights[k] for k in group)
         weight = heaviest / together if len(group) > 1 else 1.0
         shares.append(Share(weight, float(scale), "a copy" if len(group) > 1 else "clipped" if scale < 1 else ""))
@@ -72,26 +78,27 @@ def clip(judged: Judged) -> list[Share]:
 
 
 def gate(judged: Judged) -> list[Share]:
-    """`clip`, and out goes what points away from the others or lies far from them.
+    """`clip`, and out goes, one after the other, what is odd beside those that are left, copies taken as one.
 
     Away: a cosine to the mean of the others of no more than half the round's median, or of zero. Far: a mean distance
     to the others above `FAR` times the median (Krum's score, arXiv 1703.02757, with every other one a neighbour).
     Never more than half.
     """
-    shares = clip(judged)
-    count = len(shares)
-    if count < FEW:
-        return shares
-    scale = np.array([share.scale for share in shares])
-    inner = judged.inner * np.outer(scale, scale)
-    weights = np.array(judged.weights) * [share.weight for share in shares]
-    cosines, far = _against_others(inner, weights), _distances(inner)
-    odd = (cosines <= max(0.0, 0.5 * float(np.median(cosines)))) | (far > FAR * float(np.median(far)))
-    worst = sorted(np.flatnonzero(odd), key=lambda at: (cosines[at], at))[: (count - 1) // 2]
-    for at in worst:
-        away = cosines[at] <= max(0.0, 0.5 * float(np.median(cosines)))
-        shares[at] = Share(0.0, 1.0, "points away" if away else "far off")
-    return shares
+    groups, clipped = _groups(judged.inner), clip(judged)
+    means = groups / groups.sum(axis=1, keepdims=True) * [share.scale for share in clipped]
+    inner = means @ judged.inner @ means.T
+    weights = groups @ (np.array(judged.weights) * [share.weight for share in clipped])
+    spare = (len(clipped) - 1) // 2
+    here, out = list(range(len(groups))), dict[int, str]()
+    while len(here) >= FEW and (found := _oddest(inner[np.ix_(here, here)], weights[here])) is not None:
+        members = np.flatnonzero(groups[here.pop(found[0])])
+        if len(out) + len(members) > spare:
+            break
+        out |= dict.fromkeys(members.tolist(), found[1])
+    # Whoever is left out leaves no trace: the others are clipped as if they had been alone.
+    left = [at for at in range(len(clipped)) if at not in out]
+    again = iter(clip(Judged([judged.weights[at] for at in left], judged.inner[np.ix_(left, left)])))
+    return [Share(0.0, 1.0, out[at]) if at in out else next(again) for at in range(len(clipped))]
 
 
 def multi_krum(judged: Judged) -> list[Share]:
@@ -116,13 +123,13 @@ RULES: dict[str, Rule] = {"none": plain, "clip": clip, "gate": gate, "multi-krum
 
 def coordinate_median(ends: Sequence[Factors], wanted: Wanted) -> Factors:
     """The median of each number over the contributions (Yin et al. 2018, arXiv 1803.01498)."""
-    alike = _alike(ends, wanted)
+    alike = _canonical(ends, wanted)
     return Factors(np.median([each.b for each in alike], axis=0), np.median([each.a for each in alike], axis=0))
 
 
 def trimmed_mean(ends: Sequence[Factors], wanted: Wanted) -> Factors:
     """The mean of each number without the quarter at either end (Yin et al. 2018, arXiv 1803.01498)."""
-    alike, cut = _alike(ends, wanted), len(ends) // 4
+    alike, cut = _canonical(ends, wanted), len(ends) // 4
 
     def middle(values: Sequence[Matrix]) -> Matrix:
         found: Matrix = np.mean(np.sort(values, axis=0)[cut : len(values) - cut], axis=0)
@@ -138,7 +145,7 @@ COORDINATES: dict[str, Callable[[Sequence[Factors], Wanted], Factors]] = {
 """These take the place of the mean, and of the weights."""
 
 
-def _alike(ends: Sequence[Factors], wanted: Wanted) -> list[Factors]:
+def _canonical(ends: Sequence[Factors], wanted: Wanted) -> list[Factors]:
     """Each product in the one form it has whoever sends it."""
     return [product_mean([1.0], [end], wanted)[0] for end in ends]
 
@@ -160,10 +167,33 @@ def _squares(inner: Matrix) -> Matrix:
     return found
 
 
-def _distances(inner: Matrix) -> Matrix:
-    """The mean distance of each update to the others."""
-    found: Matrix = np.sqrt(_squares(inner)).sum(axis=1) / (len(inner) - 1)
+def _alike(inner: Matrix) -> NDArray[np.bool_]:
+    """Which updates are copies of which; each is one of itself."""
+    itself = np.eye(len(inner), dtype=bool)
+    apart = 1.0 - _cosines(inner)
+    usual = float(np.quantile(apart[~itself], USUAL)) if len(inner) > 1 else 0.0
+    found: NDArray[np.bool_] = (apart + ROUNDING < ALIKE * usual) | itself
     return found
+
+
+def _groups(inner: Matrix) -> Matrix:
+    """Copies, and copies of those, together: a row of ones and zeros for each group."""
+    alike = _alike(inner).astype(np.float64)
+    further = np.minimum(alike @ alike, 1.0)
+    while not np.array_equal(further, alike):
+        alike, further = further, np.minimum(further @ further, 1.0)
+    found: Matrix = np.unique(alike, axis=0)[::-1]
+    return found
+
+
+def _oddest(inner: Matrix, weights: Matrix) -> tuple[int, str] | None:
+    """The update that is the least like the others, and why, if any is odd."""
+    cosines, far = _against_others(inner, weights), _distances(inner)
+    if cosines.min() <= max(0.0, AWAY * float(np.median(cosines))):
+        return int(cosines.argmin()), "points away"
+    if far.max() > FAR * float(np.median(far)):
+        return int(far.argmax()), "far off"
+    return None
 
 
 def _against_others(inner: Matrix, weights: Matrix) -> Matrix:
@@ -174,4 +204,10 @@ def _against_others(inner: Matrix, weights: Matrix) -> Matrix:
         others[at] = 0.0
         length = np.sqrt(max(inner[at, at], 0.0) * max(float(others @ inner @ others), 0.0))
         found[at] = float(inner[at] @ others) / length if length > 0 else 0.0
+    return found
+
+
+def _distances(inner: Matrix) -> Matrix:
+    """The mean distance of each update to the others."""
+    found: Matrix = np.sqrt(_squares(inner)).sum(axis=1) / (len(inner) - 1)
     return found
