@@ -143,6 +143,8 @@ class MergeEntry(_Strict):
     encoding: Encoding = "int4"
     outer_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    spares: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Of `shards`, rounded down: so many more shards a round has for its tail."""
 
 
 class PayEntry(_Strict):

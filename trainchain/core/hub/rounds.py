@@ -10,16 +10,18 @@ from sqlalchemy import Connection, insert, select, update
 from trainchain.core.adapter import Adapter, adapter_bytes, read_adapter
 from trainchain.core.checks import reach, read_delta
 from trainchain.core.hub import jobs, schema
-from trainchain.core.hub.contributions import accepted, drop_unnamed, publish_round
+from trainchain.core.hub.contributions import drop_unnamed, merged_in, publish_round
 from trainchain.core.hub.leases import sweep
 from trainchain.core.hub.service import Hub, attempt
 from trainchain.core.hub.store import Row, move, one
 from trainchain.core.merge.updates import Merged, Update, merge
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.rewards import round_price
-from trainchain.core.states import Evaluation, Job, Round, Shard
+from trainchain.core.states import UNDONE, Evaluation, Job, Round, Shard
 
 LIVE = (Job.OPEN, Job.RUNNING)
+LATE_WEIGHT = 0.5
+"""What a contribution counts in the merge of the round after its own, of the weight it would have had in that."""
 
 
 def live_jobs(hub: Hub) -> list[Row]:
@@ -70,7 +72,7 @@ def _open_round(hub: Hub, job: Row, recipe: ResolvedRecipe, start: str) -> bool:
     if escrow is None or escrow.halted or escrow.deadline <= now:
         with hub.store.write() as db:
             return move(db, schema.jobs, job, Job.EXPIRED, now=now, data={"why": "the escrow takes no more work"})
-    covered = escrow.funded - jobs.owed(hub, job["id"]) >= round_price(recipe, number)
+    covered = escrow.funded - jobs.owed(hub, job["id"], expected=True) >= round_price(recipe, number)
     with hub.store.write() as db:
         if not covered:
             return move(db, schema.jobs, job, Job.UNFUNDED, now=now, data={"round": number})
@@ -99,8 +101,14 @@ def _open_round(hub: Hub, job: Row, recipe: ResolvedRecipe, start: str) -> bool:
         db.execute(
             insert(schema.shards),
             [
-                {"job": job["id"], "round": number, "shard": shard, "state": str(Shard.OPEN)}
-                for shard in range(recipe.shards)
+                {
+                    "job": job["id"],
+                    "round": number,
+                    "shard": shard,
+                    "state": str(Shard.OPEN),
+                    "spare": shard >= recipe.shards,
+                }
+                for shard in range(recipe.all_shards)
             ],
         )
     return True
@@ -114,38 +122,44 @@ def _ask_for_measures(db: Connection, job_id: str, recipe: ResolvedRecipe, round
 
 
 def _close(hub: Hub, recipe: ResolvedRecipe, round_: Row, now: float) -> bool:
-    """Close a round when every shard is in, or at its deadline with a quorum of them."""
-    here = (schema.shards.c.job == round_["job"], schema.shards.c.round == round_["round"])
+    """Close a round when as many shards are in as it has beside its spares, or at its deadline with a quorum of them.
+
+    What is still being trained may come one round late: the work of the round before may not any more.
+    """
+    table = schema.shards
+    lately = table.c.round.in_([round_["round"] - 1, round_["round"]])
     with hub.store.write() as db:
-        shards = db.execute(select(schema.shards).where(*here)).mappings().all()
-        done = sum(shard["state"] == Shard.ACCEPTED for shard in shards)
+        shards = db.execute(select(table).where(table.c.job == round_["job"], lately)).mappings().all()
+        done = sum(shard["state"] == Shard.ACCEPTED for shard in shards if shard["round"] == round_["round"])
         enough = done >= recipe.quorum * recipe.shards and done > 0
         if done < recipe.shards and not (now > round_["deadline"] and enough):
             return False
         if not move(db, schema.rounds, round_, Round.MERGING, now=now, closed=now):
             return False
         for shard in shards:
-            if shard["state"] in (Shard.OPEN, Shard.LEASED):
+            was_lent = shard["version"] > 0  # so somebody may come with it
+            if shard["state"] in UNDONE and not (was_lent and shard["round"] == round_["round"]):
                 move(db, schema.shards, shard, Shard.ABANDONED, now=now)
     return True
 
 
 def merge_round(hub: Hub, job: Row, round_: Row) -> Merged:
-    """The merged adapter of a round, from its accepted contributions: a pure function of objects that everybody may
-    read once the round is merged. Of a private job only the owner and its workers may, so nobody else can recompute
-    its merges."""
-    recipe, shapes = hub.recipe(job), hub.shapes(job)
-    bound = reach(recipe, round_["round"])
-    updates = [
-        Update(
-            row["delta"],
-            recipe.counts[row["round"] - 1][row["shard"]].tokens,
-            read_delta(hub.objects.get(row["delta"]), recipe.merge.encoding, shapes, bound),
-        )
-        for row in accepted(hub, job["id"], round_["round"])
-    ]
+    """The merged adapter of a round, from the contributions that it takes in: a pure function of objects that
+    everybody may read once the round is merged. Of a private job only the owner and its workers may, so nobody else
+    can recompute its merges."""
+    recipe = hub.recipe(job)
+    updates = [_update(hub, job, recipe, row) for row in merged_in(hub, job["id"], round_["round"])]
     before = _start_before(hub, round_) if recipe.merge.outer_momentum else None
     return merge(recipe.merge, read_adapter(hub.objects.get(round_["start"])), updates, before=before)
+
+
+def _update(hub: Hub, job: Row, recipe: ResolvedRecipe, row: Row) -> Update:
+    """What a contribution brings to the merge that takes it in: one that came late was trained from the round
+    before's start, and its delta is added to this round's."""
+    tokens = recipe.counts[row["round"] - 1][row["shard"]].tokens
+    weight = tokens if row["merged_in"] == row["round"] else tokens * LATE_WEIGHT
+    data, bound = hub.objects.get(row["delta"]), reach(recipe, row["round"])
+    return Update(row["delta"], weight, read_delta(data, recipe.merge.encoding, hub.shapes(job), bound))
 
 
 def _start_before(hub: Hub, round_: Row) -> Adapter | None:

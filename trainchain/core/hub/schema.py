@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator
 
-VERSION = 4
+VERSION = 5
 metadata = MetaData()
 
 
@@ -106,6 +106,7 @@ shards = Table(
     Column("shard", Integer, primary_key=True),
     Column("state", String(16), nullable=False),
     Column("version", Integer, nullable=False, default=0),
+    Column("spare", Boolean, nullable=False),
     Column("lease", ID),
     ForeignKeyConstraint(["job", "round"], ["rounds.job", "rounds.round"]),
 )
@@ -150,6 +151,8 @@ contributions = Table(
     Column("reward", Units, nullable=False),
     Column("receipt", JSON, nullable=False),
     Column("accepted", Float, nullable=False),
+    # The round whose merge takes it in: its own or, where it came late, the next; none where its own was the last.
+    Column("merged_in", Integer),
     Column("merge", JSON),
     UniqueConstraint("job", "round", "shard", name="one_contribution_a_shard"),
     UniqueConstraint("job", "delta", name="no_copy_in_a_job"),
