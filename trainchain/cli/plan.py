@@ -79,7 +79,7 @@ class Plan:
         """What is trained, and what of the data is not."""
         recipe = self.resolved
         tokens = sum(counts.tokens for row in recipe.counts for counts in row[: recipe.shards])
-        spare = f", and up to {recipe.spares} spare shards a round" if recipe.spares else ""
+        spare = f", and up to {recipe.spares} spare a round" if recipe.spares else ""
         lines = [
             f"recipe   {recipe.name}: {recipe.rounds} rounds x {recipe.shards} shards x {recipe.steps} steps "
             f"= {tokens:,} tokens{spare}"
