@@ -3,5 +3,11 @@
 from trainchain.core.models import Merge
 
 PLAIN_MERGE = Merge(
-    method="product-mean", rule="none", encoding="fp32", outer_learning_rate=1.0, outer_momentum=0.0, spares=0.0
+    method="product-mean",
+    rule="none",
+    encoding="fp32",
+    outer_learning_rate=1.0,
+    outer_momentum=0.0,
+    spares=0.0,
+    leave_one_out=None,
 )

@@ -141,6 +141,8 @@ def describe(view: dict[str, Any]) -> str:
                 tail += "  late" if shard["merged_in"] else "  too late to be merged"
             elif shard["spare"]:
                 tail += "  spare"
+            if (shard.get("merge") or {}).get("why") == "leave-one-out":
+                tail += "  left out"
             lines.append(f"  shard {shard['shard']:<3} {shard['state']:<9} {shard['tokens']:>8,} tokens  {who}  {tail}")
     for address, worker in view["workers"].items():
         lines.append(f"worker {address}  {worker['accepted']} accepted  {money.show(int(worker['reward']))} TRAIN")

@@ -198,6 +198,8 @@ class Merge(Model):
     outer_momentum: Annotated[float, Field(ge=0, lt=1)]
     spares: Annotated[float, Field(ge=0, le=1)]
     """Spare shards of a round, as a share of its shards."""
+    leave_one_out: Annotated[float, Field(ge=0, le=1)] | None
+    """By which share of its start's held-out loss a round may raise it before it is taken apart; None: it never is."""
 
 
 class Pay(Model):

@@ -145,6 +145,7 @@ class MergeEntry(_Strict):
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     spares: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Of `shards`, rounded down: so many more shards a round has for its tail."""
+    leave_one_out: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 class PayEntry(_Strict):
@@ -217,6 +218,13 @@ class Recipe(_Strict):
     samples: Annotated[list[Prompt], Field(max_length=16)] = []
     sample_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
     pay: PayEntry
+
+    @field_validator("merge")
+    @classmethod
+    def _measured(cls, value: MergeEntry, info: ValidationInfo) -> MergeEntry:
+        if value.leave_one_out is not None and not info.data.get("test_datasets"):
+            raise ValueError("`leave_one_out` needs `test_datasets`: it goes by the held-out loss")
+        return value
 
     @field_validator("fp16")
     @classmethod

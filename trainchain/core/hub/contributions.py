@@ -274,14 +274,13 @@ def evaluated(hub: Hub, worker: str, lease_id: str, report: EvaluationReport) ->
     if (report.loss is None) != (recipe.held_out is None) or len(report.samples) != len(recipe.samples):
         raise TrainChainError("http.bad_request", "The report does not answer what the recipe asks for.")
     with hub.store.write() as db:
-        row = one(db, schema.evaluations, job=lease["job"], round=lease["round"])
+        row = one(db, schema.evaluations, job=lease["job"], lease=lease_id)
         current = one(db, schema.leases, id=lease_id)
-        assert row is not None
         assert current is not None
-        if row["state"] == Evaluation.LEASED and row["lease"] == lease_id:
-            data, found = {"loss": report.loss}, report.model_dump()
-            move(db, schema.evaluations, row, Evaluation.DONE, now=hub.clock(), data=data, **found)
-            move(db, schema.leases, current, Lease.DONE, now=hub.clock())
+        if row is not None and row["state"] == Evaluation.LEASED:
+            now, data, found = hub.clock(), {"loss": report.loss}, report.model_dump()
+            move(db, schema.evaluations, row, Evaluation.DONE, now=now, data=data, at=now, **found)
+            move(db, schema.leases, current, Lease.DONE, now=now)
     hub.bell.ring()
     return {"loss": report.loss}
 

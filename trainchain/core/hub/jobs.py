@@ -104,6 +104,10 @@ def _check(recipe: ResolvedRecipe) -> None:
     _check_access(recipe)
     if recipe.steps > MAX_STEPS:
         raise TrainChainError("job.invalid", f"A shard has at most {MAX_STEPS} steps.")
+    if recipe.merge.leave_one_out is not None and recipe.held_out is None:
+        raise TrainChainError(
+            "job.invalid", "`merge.leave_one_out` goes by the held-out loss, and there is no held-out data."
+        )
     if not 0 < recipe.quorum <= 1 or not 0 < recipe.training.learning_rate <= 1:
         raise TrainChainError("job.invalid", "Quorum and learning rate lie between 0 and 1.")
     if (price := job_price(recipe)) > recipe.pay.budget:

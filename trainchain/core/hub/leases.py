@@ -93,7 +93,7 @@ def _in_the_tail() -> ColumnElement[bool]:
 def _open_evaluations(skip: Sequence[str]) -> Select[Any]:
     evaluations = schema.evaluations
     query = select(evaluations).where(evaluations.c.state == Evaluation.OPEN, evaluations.c.job.not_in(skip))
-    return query.limit(CHOICES)
+    return query.order_by(evaluations.c.at, evaluations.c.candidate).limit(CHOICES)
 
 
 def _take_shard(hub: Hub, db: Connection, query: Select[Any], worker: str, now: float) -> dict[str, Any] | None:
@@ -175,8 +175,8 @@ def _release(db: Connection, lease: Row, now: float) -> None:
     if not move(db, schema.leases, lease, Lease.EXPIRED, now=now, data={"worker": lease["worker"]}):
         return
     if lease["kind"] == "evaluate":
-        row = one(db, schema.evaluations, job=lease["job"], round=lease["round"])
-        if row is not None and row["state"] == Evaluation.LEASED and row["lease"] == lease["id"]:
+        row = one(db, schema.evaluations, job=lease["job"], lease=lease["id"])
+        if row is not None and row["state"] == Evaluation.LEASED:
             move(db, schema.evaluations, row, Evaluation.OPEN, now=now, lease=None)
         return
     shard = one(db, schema.shards, job=lease["job"], round=lease["round"], shard=lease["shard"])

@@ -4,13 +4,15 @@ Work is loaded, done outside any transaction, and applied only if the row is sti
 """
 
 import time
+from collections.abc import Collection, Mapping
 
 from sqlalchemy import Connection, insert, select, update
 
 from trainchain.core.adapter import Adapter, adapter_bytes, read_adapter
 from trainchain.core.checks import reach, read_delta
-from trainchain.core.hub import jobs, schema
+from trainchain.core.hub import jobs, judging, schema
 from trainchain.core.hub.contributions import drop_unnamed, merged_in, publish_round
+from trainchain.core.hub.judging import Candidate
 from trainchain.core.hub.leases import sweep
 from trainchain.core.hub.service import Hub, attempt
 from trainchain.core.hub.store import Row, move, one
@@ -79,7 +81,7 @@ def _open_round(hub: Hub, job: Row, recipe: ResolvedRecipe, start: str) -> bool:
         if job["state"] == Job.OPEN:
             if not move(db, schema.jobs, job, Job.RUNNING, now=now, round=number):
                 return False
-            _ask_for_measures(db, job["id"], recipe, 0, start)
+            _ask_for_measures(db, job["id"], recipe, 0, start, now)
         else:
             taken = db.execute(
                 update(schema.jobs)
@@ -114,10 +116,12 @@ def _open_round(hub: Hub, job: Row, recipe: ResolvedRecipe, start: str) -> bool:
     return True
 
 
-def _ask_for_measures(db: Connection, job_id: str, recipe: ResolvedRecipe, round_: int, adapter: str) -> None:
+def _ask_for_measures(
+    db: Connection, job_id: str, recipe: ResolvedRecipe, round_: int, adapter: str, now: float
+) -> None:
     """Have an adapter measured, if the recipe has held-out data to measure on or prompts to answer."""
     if recipe.held_out or recipe.samples:
-        values = {"job": job_id, "round": round_, "state": str(Evaluation.OPEN), "adapter": adapter}
+        values = {"job": job_id, "round": round_, "state": str(Evaluation.OPEN), "adapter": adapter, "at": now}
         db.execute(insert(schema.evaluations).values(**values))
 
 
@@ -143,12 +147,13 @@ def _close(hub: Hub, recipe: ResolvedRecipe, round_: Row, now: float) -> bool:
     return True
 
 
-def merge_round(hub: Hub, job: Row, round_: Row) -> Merged:
-    """The merged adapter of a round, from the contributions that it takes in: a pure function of objects that
-    everybody may read once the round is merged. Of a private job only the owner and its workers may, so nobody else
-    can recompute its merges."""
+def merge_round(hub: Hub, job: Row, round_: Row, left_out: Collection[str] = ()) -> Merged:
+    """The merged adapter of a round, from the contributions that it takes in, but those `left_out`: a pure function of
+    objects that everybody may read once the round is merged. Of a private job only the owner and its workers may, so
+    nobody else can recompute its merges."""
     recipe = hub.recipe(job)
-    updates = [_update(hub, job, recipe, row) for row in merged_in(hub, job["id"], round_["round"])]
+    rows = merged_in(hub, job["id"], round_["round"])
+    updates = [_update(hub, job, recipe, row) for row in rows if row["delta"] not in left_out]
     before = _start_before(hub, round_) if recipe.merge.outer_momentum else None
     return merge(recipe.merge, read_adapter(hub.objects.get(round_["start"])), updates, before=before)
 
@@ -170,39 +175,52 @@ def _start_before(hub: Hub, round_: Row) -> Adapter | None:
 
 
 def _merge(hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row) -> bool:
+    """Merge a round; where the recipe wants it judged, have candidates measured until one is chosen."""
+    if recipe.merge.leave_one_out is None:
+        return _merged(hub, job, recipe, round_, _candidate(hub, job, round_), {})
+    verdict = judging.look(hub, recipe, round_)
+    if verdict.chosen is not None:
+        candidate, loss = verdict.chosen
+        data = {"judged": verdict.why, "loss": loss, "left_out": list(candidate.left_out)}
+        return _merged(hub, job, recipe, round_, candidate, data)
+    wanted = verdict.wanted
+    if len(wanted) > judging.MOST_TRIED:
+        updates = [_update(hub, job, recipe, row) for row in merged_in(hub, job["id"], round_["round"])]
+        wanted = judging.oddest(read_adapter(hub.objects.get(round_["start"])), updates, wanted)
+    made = [_candidate(hub, job, round_, left_out) for left_out in wanted]
+    return bool(made) and judging.ask(hub, round_, made)
+
+
+def _candidate(hub: Hub, job: Row, round_: Row, left_out: tuple[str, ...] = ()) -> Candidate:
+    """What the round is merged to without some contributions; its bytes are kept."""
     began = time.perf_counter()
-    merged = merge_round(hub, job, round_)
+    merged = merge_round(hub, job, round_, left_out)
     data = adapter_bytes(merged.adapter)
-    digest = hub.objects.put(data)
-    now, seconds = hub.clock(), time.perf_counter() - began
+    return Candidate(
+        left_out=left_out,
+        adapter=hub.objects.put(data),
+        size=len(data),
+        error=max(merged.truncation.values(), default=0.0),
+        seconds=time.perf_counter() - began,
+        shares={digest: share._asdict() for digest, share in merged.shares.items()},
+    )
+
+
+def _merged(
+    hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row, candidate: Candidate, judged: Mapping[str, object]
+) -> bool:
+    """Apply a merge: the candidate is the round's adapter."""
+    now = hub.clock()
+    fields = {"adapter": candidate.adapter, "merged": now, "merge_seconds": candidate.seconds}
+    data = {"adapter": candidate.adapter, "truncation": candidate.error, **judged}
     with hub.store.write() as db:
-        fields = {"adapter": digest, "merged": now, "merge_seconds": seconds}
-        worst = max(merged.truncation.values(), default=0.0)
-        if not move(
-            db,
-            schema.rounds,
-            round_,
-            Round.MERGED,
-            now=now,
-            data={"adapter": digest, "truncation": worst},
-            merge_error=worst,
-            **fields,
-        ):
+        if not move(db, schema.rounds, round_, Round.MERGED, now=now, data=data, merge_error=candidate.error, **fields):
             return False
-        if one(db, schema.objects, digest=digest, job=job["id"]) is None:
-            db.execute(
-                insert(schema.objects).values(
-                    digest=digest, job=job["id"], size=len(data), public=not recipe.private, present=True
-                )
-            )
-        for delta, share in merged.shares.items():
-            db.execute(
-                update(schema.contributions)
-                .where(schema.contributions.c.job == job["id"], schema.contributions.c.delta == delta)
-                .values(merge={"weight": share.weight, "scale": share.scale, "why": share.why})
-            )
-        _ask_for_measures(db, job["id"], recipe, round_["round"], digest)
+        judging.name_adapter(db, job["id"], candidate, public=not recipe.private)
+        others = judging.settle(db, round_, candidate)
+        if recipe.merge.leave_one_out is None:
+            _ask_for_measures(db, job["id"], recipe, round_["round"], candidate.adapter, now)
         loose = publish_round(db, job["id"], round_["round"], public=not recipe.private)
-    for refused in loose:
-        drop_unnamed(hub, refused)
+    for digest in [*loose, *others]:
+        drop_unnamed(hub, digest)
     return True

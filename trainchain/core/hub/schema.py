@@ -163,12 +163,17 @@ evaluations = Table(
     metadata,
     Column("job", ID, primary_key=True),
     Column("round", Integer, primary_key=True),
+    # Of a round that is judged: 0 is its merge as it is, the others are without some contributions (hub/judging.py).
+    Column("candidate", Integer, primary_key=True, default=0),
     Column("state", String(16), nullable=False),
     Column("version", Integer, nullable=False, default=0),
     Column("adapter", String(64), nullable=False),
+    # When it was asked for, and then when it was done.
+    Column("at", Float, nullable=False),
     Column("lease", ID),
     Column("loss", Float),
     Column("samples", JSON),
+    Column("merge", JSON),
 )
 
 settlements = Table(

@@ -54,11 +54,15 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
         rounds = rows(schema.rounds, schema.rounds.c.round)
         shards = rows(schema.shards, schema.shards.c.round, schema.shards.c.shard)
         contributions = rows(schema.contributions, schema.contributions.c.accepted)
-        evaluations = rows(schema.evaluations, schema.evaluations.c.round)
+        evaluations = rows(schema.evaluations, schema.evaluations.c.round, schema.evaluations.c.candidate)
         settlements = rows(schema.settlements, schema.settlements.c.round)
         held = {r["id"]: r for r in rows(schema.leases, schema.leases.c.taken) if r["state"] == "held"}
         last = db.execute(select(func.max(schema.events.c.seq)).where(schema.events.c.job == job_id)).scalar()
     given = {(c["round"], c["shard"]): c for c in contributions}
+    adapters = {0: recipe.lora.initial.sha256, **{row["round"]: row["adapter"] for row in rounds}}
+    places = {c["delta"]: [c["round"], c["shard"]] for c in contributions}
+    judged = [e for e in evaluations if e["merge"] is not None]
+    evaluations = [e for e in evaluations if e["adapter"] == adapters[e["round"]]]
     found = {e["round"]: e for e in evaluations}
     view_rounds = []
     for row in rounds:
@@ -101,6 +105,15 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
                 "merge_error": row["merge_error"],
                 "loss": measured["loss"] if measured else None,
                 "samples": measured["samples"] if measured and answers else None,
+                "judged": [
+                    {
+                        "left_out": [places[digest] for digest in e["merge"]["left_out"]],
+                        "state": e["state"],
+                        "loss": e["loss"],
+                    }
+                    for e in judged
+                    if e["round"] == row["round"]
+                ],
                 "shards": members,
             }
         )
