@@ -110,6 +110,29 @@ def test_what_comes_one_round_late_counts_half_and_is_paid_in_full(town: Town, a
     assert paid(job, 2, anna) == int(receipt["amount"])
 
 
+def test_a_late_delta_of_a_private_job_is_for_its_fellows_once_it_is_merged(
+    town: Town, anna: Person, ben: Person
+) -> None:
+    job = town.publish_sealed(workers=[anna.address, ben.address], rounds=2, quorum=0.5, round_deadline=60)
+    late = []
+    for number in (1, 2):
+        lease = anna.must_lease(job)
+        ben.work(job)
+        pass_deadline(job, anna, lease)
+        assert job.round(number)["state"] == "merged"
+        digest = anna.contribute(lease).raise_for_status().json()["deltaHash"][2:]
+        assert ben.get(f"/v1/objects/{digest}").json()["code"] == "object.unknown"
+        assert anna.fetch(digest)
+        late.append(digest)
+    assert ben.fetch(late[0]), "the second round has taken it in"
+
+    town.tick()
+
+    assert job.state == "settled"
+    assert ben.fetch(late[1]), "no merge takes it in, and nothing can be done with it"
+    assert town.http.get(f"{town.url}/v1/objects/{late[1]}").json()["code"] == "session.required"
+
+
 def test_who_lost_the_lease_may_come_late_too(town: Town, anna: Person, ben: Person) -> None:
     job = a_slow_job(town)
     lease = anna.must_lease(job)
