@@ -2,8 +2,9 @@
 
 The honest workers train their shards with TrainChain's engine. Attackers know everything: the base, the start, and what
 every honest worker hands in. Each delta, theirs too, is encoded, decoded and checked as the hub does it, so what they
-send is cut to the reach that the hub lets pass, and the merge is the hub's. Every attack has its own trajectory to the
-last round; a shard that starts from the same adapter again is not trained again.
+send is cut to the reach that the hub lets pass, and the merge is the hub's. With their first moments they do what they
+do with their deltas. Every attack has its own trajectory to the last round; a shard that starts from the same adapter
+again is not trained again.
 
 A cost is held-out loss above that of the same job in which only the honest ones took part and everything was taken as
 it came. With --tune the job and the held-out rows are those that rules may be chosen on; without it they are others.
@@ -26,11 +27,13 @@ from launch import begin, log
 from numpy.typing import NDArray
 
 from trainchain.core.adapter import A_SUFFIX, B_SUFFIX, Adapter, adapter_bytes, apply, delta, read_adapter
-from trainchain.core.checks import reach, read_delta
+from trainchain.core.checks import LENGTH, reach, read_delta
 from trainchain.core.digests import sha256
-from trainchain.core.encodings import encode
+from trainchain.core.encodings import Decoded, decode, encode
 from trainchain.core.errors import TrainChainError
-from trainchain.core.merge.updates import Merged, Update, merge, modules_of
+from trainchain.core.merge.moments import Adam
+from trainchain.core.merge.updates import Merged, Update, merge, modules_of, outer_step
+from trainchain.core.segments import Moments, start_state, state_bytes
 
 if TYPE_CHECKING:
     from trainchain.core.models import ResolvedRecipe
@@ -229,7 +232,7 @@ class Field:
             self.recipe, plan.model, files, threads=plan.threads, micro_tokens=plan.batch * plan.sequence_len
         )
         self._shapes = {name: tensor.shape for name, tensor in self.start.items()}
-        self._trained: dict[tuple[str, int, int], Adapter] = {}
+        self._trained: dict[tuple[str, int, int], Decoded] = {}
         self._losses: dict[str, float] = {}
 
     def loss(self, adapter: Adapter | None) -> float:
@@ -240,35 +243,50 @@ class Field:
 
     def play(self, rule: str, shards: Sequence[int], bad: int, attack: Attack | None) -> tuple[float, list[Round]]:
         """The held-out loss after the last round, and every round."""
-        start, before, rounds = self.start, None, []
+        start, before, moments, rounds = self.start, None, None, []
+        way, training = self.recipe.merge.model_copy(update={"rule": rule}), self.recipe.training
         for round_ in range(1, self.plan.rounds + 1):
             bound = reach(self.recipe, round_)
-            honest = [self._train(start, round_, shard) for shard in shards]
+            honest = [self._train(start, moments, round_, shard) for shard in shards]
             random = np.random.default_rng([self.plan.seed, round_])
-            scene = Scene(start, honest, bound, random)
-            sent = [attack(scene, at) for at in range(bad)] if attack else []
-            cut = [{name: np.clip(tensor, -bound, bound) for name, tensor in each.items()} for each in sent]
+            scene = Scene(start, [each.delta for each in honest], bound, random)
+            sent = [self._lie(attack, scene, honest, at) for at in range(bad)] if attack else []
             updates = [
-                self._received(each, round_, shard, bound)
-                for shard, each in zip(itertools.count(), [*honest, *cut], strict=False)
+                self._received(each, round_, shard)
+                for shard, each in zip(itertools.count(), [*honest, *sent], strict=False)
             ]
-            way = self.recipe.merge.model_copy(update={"rule": rule})
             digests = frozenset(update.digest for update in updates[: len(honest)])
-            rounds.append(Round(merge(way, start, updates, before=before), digests))
-            start, before = rounds[-1].merged.adapter, start
+            adam = Adam(training.adam_beta1, training.adam_beta2, round_ * self.recipe.steps)
+            rounds.append(Round(merge(way, start, updates, before=before, adam=adam), digests))
+            step = outer_step(way, start, rounds[-1].merged)
+            moments = decode(step.data, way.encoding, self._shapes, moments=way.hands_on).moments
+            start, before = step.adapter, start
         return self.loss(start), rounds
 
-    def _received(self, change: Adapter, round_: int, shard: int, bound: float) -> Update:
-        """As the hub has it."""
-        encoding = self.recipe.merge.encoding
-        data = encode(change, encoding)
-        weight = self.recipe.counts[round_ - 1][shard].tokens
-        return Update(sha256(data), weight, read_delta(data, encoding, self._shapes, bound))
+    def _lie(self, attack: Attack, scene: Scene, honest: Sequence[Decoded], at: int) -> Decoded:
+        """What an attacker hands in, as far as it passes; of the second moment the median is taken anyhow."""
+        bound, theirs = scene.furthest, [each.moments for each in honest if each.moments is not None]
+        cut = {name: np.clip(tensor, -bound, bound) for name, tensor in attack(scene, at).items()}
+        if not theirs:
+            return Decoded(cut, None)
+        m = dict(theirs[at].m)
+        if attack not in (rotated, scaled):
+            m = attack(scene._replace(honest=[dict(each.m) for each in theirs]), at)
+        length = float(np.sqrt(sum(np.sum(np.square(tensor, dtype=np.float64)) for tensor in m.values())))
+        by = np.float32(min(1.0, 0.95 * LENGTH * self.recipe.training.max_grad_norm / max(length, 1e-30)))
+        return Decoded(cut, Moments({name: by * tensor for name, tensor in m.items()}, theirs[at].v))
 
-    def _train(self, start: Adapter, round_: int, shard: int) -> Adapter:
-        key = (sha256(adapter_bytes(start)), round_, shard)
+    def _received(self, sent: Decoded, round_: int, shard: int) -> Update:
+        """As the hub has it."""
+        data = encode(sent.delta, self.recipe.merge.encoding, sent.moments)
+        weight = self.recipe.counts[round_ - 1][shard].tokens
+        return Update(sha256(data), weight, *read_delta(data, self.recipe, self._shapes, round_))
+
+    def _train(self, start: Adapter, moments: Moments | None, round_: int, shard: int) -> Decoded:
+        key = (sha256(state_bytes(start_state(start, moments))), round_, shard)
         if key not in self._trained:
-            self._trained[key] = self._engine.train(start, round_, shard, LEASE).delta
+            found = self._engine.train(start, round_, shard, LEASE, moments=moments)
+            self._trained[key] = Decoded(found.delta, found.moments if self.recipe.merge.hands_on else None)
         return self._trained[key]
 
 

@@ -27,16 +27,18 @@ def train(spec: Mapping[str, Any]) -> dict[str, Any]:
     from trainchain.core.digests import sha256
     from trainchain.core.encodings import decode, encode
     from trainchain.core.merge.moments import Adam
-    from trainchain.core.merge.updates import Update, merge, outer_step
+    from trainchain.core.merge.updates import Update, judge, merge, outer_step
 
     engines = [_engine(Job(Path(job)), spec) for job in spec["jobs"]]
     places = [(engine, shard) for engine in engines for shard in range(engine.recipe.shards)]
     recipe, alone = engines[0].recipe, spec["merge"] is None
     way, training, random = recipe.merge, recipe.training, np.random.default_rng(spec["seed"])
     start, before, moments = read_adapter(Job(Path(spec["jobs"][0])).start), None, None
-    shapes, waiting, up, down, tokens = tensor_specs(start), [], [], [], 0
+    shapes, up, down, tokens = tensor_specs(start), [], [], 0
+    waiting: list[Update] = []
     for round_ in range(1, recipe.rounds + 1):
-        updates, following = waiting, []
+        own: list[Update] = []
+        late: set[str] = set()
         draws = random.random((len(places), 2))
         survivor = int(np.argmax(draws[:, 0]))
         for at, (engine, shard) in enumerate(places):
@@ -49,12 +51,18 @@ def train(spec: Mapping[str, Any]) -> dict[str, Any]:
                 continue
             data = encode(result.delta, way.encoding, result.moments if way.hands_on else None)
             up.append(len(data))
-            late = draws[at, 1] < spec["late"] and at != survivor
-            update = Update(sha256(data), result.counts.tokens, *read_delta(data, recipe, shapes, round_))
-            (following if late else updates).append(update._replace(weight=update.weight / 2) if late else update)
-        waiting = following
+            own.append(Update(sha256(data), result.counts.tokens, *read_delta(data, recipe, shapes, round_)))
+            if draws[at, 1] < spec["late"] and at != survivor:
+                late.add(own[-1].digest)
         if alone:
             continue
+        updates = [*waiting, *(update for update in own if update.digest not in late)]
+        shares = judge(way, start, own) if late else {}
+        waiting = [
+            update._replace(weight=update.weight / 2, share=shares[update.digest])
+            for update in own
+            if update.digest in late
+        ]
         adam = Adam(training.adam_beta1, training.adam_beta2, round_ * recipe.steps)
         step = outer_step(way, start, merge(way, start, updates, before=before, adam=adam))
         moments = decode(step.data, way.encoding, shapes, moments=way.hands_on).moments

@@ -82,7 +82,13 @@ def told(job: ResolvedRecipe, **changes: Any) -> History:
             "merge_error": 0.01,
             "opened": 1.0,
             "shards": [
-                {"shard": shard, "state": "accepted", "worker": WORKERS[shard if number == 1 else 0], "tokens": 99}
+                {
+                    "shard": shard,
+                    "state": "accepted",
+                    "worker": WORKERS[shard % 2 if number == 1 else 0],
+                    "tokens": 99,
+                    "merged_in": number,
+                }
                 for shard in range(job.shards)
             ],
         }

@@ -50,6 +50,7 @@ from trainchain.core.objects import ObjectStore
 from trainchain.core.rewards import job_price, round_cap
 from trainchain.core.seal import ExchangeKey
 from trainchain.core.settings import Settings
+from trainchain.core.sharding import piece, spare_shards
 
 COIN = 10**18
 LEARNING_RATE = 1e-2
@@ -110,8 +111,14 @@ def recipe(
     **changes: Any,
 ) -> ResolvedRecipe:
     """A job's resolved recipe by hand; every shard has its own count, so that no two pay the same."""
-    counts = [[Counts(rows=9, tokens=1001 + 7 * (r * shards + s), supervised=500) for s in range(shards)]
-              for r in range(rounds)]  # fmt: skip
+    spares = spare_shards(changes.get("merge", PLAIN_MERGE).spares, shards)
+    counts = [
+        [
+            Counts(rows=9, tokens=1001 + 7 * piece(r, s, shards=shards, rounds=rounds, spares=spares), supervised=500)
+            for s in range(shards + spares)
+        ]
+        for r in range(1, rounds + 1)
+    ]
     held_out = None
     if "held-out.jsonl" in files:
         dataset = DataSet(source=None, file=ref("held-out.jsonl", files["held-out.jsonl"]), format="text", rows=3)
@@ -203,7 +210,7 @@ def seal_files(*, rounds: int, shards: int, held_out: bool, base: bool) -> Seale
 
 def sealed_recipe(files: SealedFiles, *, workers: Any = "anyone", keys: str = "hub", **options: Any) -> ResolvedRecipe:
     """A private job's resolved recipe by hand: `workers` as `Access` has them."""
-    rounds, shards = len(files.refs.blocks), len(files.refs.blocks[0])
+    rounds, shards = len(files.refs.blocks), options.pop("shards", len(files.refs.blocks[0]))
     hidden = DataSet(source=None, file=None, format="text", rows=9)
     distant = FileRef(name="model.safetensors", sha256="ab" * 32, size=9, path="model.safetensors")
     source = "hf://org/name@" + "12" * 20

@@ -9,4 +9,6 @@ PLAIN_MERGE = Merge(
     moments="fresh",
     outer_learning_rate=1.0,
     outer_momentum=0.0,
+    spares=0.0,
+    leave_one_out=None,
 )

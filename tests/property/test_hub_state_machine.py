@@ -1,4 +1,5 @@
-"""Leases, expiries and contributions in any order: whatever happens, a shard is lent, accepted and paid once."""
+"""Leases, expiries and contributions in any order, in time and late: whatever happens, a shard is lent, accepted and
+paid once, and no settlement asks more of the escrow than it gives."""
 
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sqlalchemy import select, update
 
 from tests.fixtures_hub import INITIAL, STEPS, Clock, job_files, numbers, recipe
+from tests.fixtures_merge import PLAIN_MERGE
 from trainchain.chain import eip712
 from trainchain.chain.wallet import Wallet
 from trainchain.core.adapter import adapter_bytes
@@ -23,16 +25,16 @@ from trainchain.core.hub.service import EscrowJob, Hub, Settled
 from trainchain.core.hub.store import Store
 from trainchain.core.models import SignedContribution
 from trainchain.core.objects import ObjectStore, Spool
-from trainchain.core.rewards import shard_reward
+from trainchain.core.rewards import job_price, round_cap, round_price, shard_reward
 from trainchain.core.seal import ExchangeKey
 
 WORKERS = [Wallet(bytes([number]) * 32) for number in (1, 2, 3)]
 OWNER = "0x" + "11" * 20
-DELTAS = [adapter_bytes(numbers(seed)) for seed in range(8)]
+DELTAS = [adapter_bytes(numbers(seed)) for seed in range(24)]
 REFUSALS = {
     "lease.lost",
     "shard.already_accepted",
-    "round.closed",
+    "contribution.too_late",
     "job.closed",
     "contribution.repeat",
     "contribution.wrong_start",
@@ -71,7 +73,12 @@ class Notary:
 
     def settle(self, job_id: str, round_: int, amounts: Mapping[str, int]) -> Settled:
         assert round_ not in self.settled, "a round is settled once"
-        before = self.settled[max(self.settled)] if self.settled else {}
+        last = max(self.settled, default=0)
+        before = self.settled.get(last, {})
+        assert round_ > last
+        raised = sum(amounts.values()) - sum(before.values())
+        assert raised <= self.terms["round_cap"] * (round_ - last), "RoundCapExceeded"
+        assert sum(amounts.values()) <= self.terms["funded"], "NotCovered"
         assert all(amounts.get(worker, 0) >= amount for worker, amount in before.items()), "no leaf falls"
         self.settled[round_] = dict(amounts)
         return Settled("0x" + "44" * 32, sum(amounts.values()), repr(amounts).encode(), "0x" + "55" * 32)
@@ -87,21 +94,29 @@ class Notary:
 
 
 class HubLaws(RuleBasedStateMachine):
-    @initialize(shards=st.integers(1, 4), quorum=st.sampled_from([0.25, 0.5, 1.0]))
-    def publish(self, shards: int, quorum: float) -> None:
+    @initialize(
+        number=st.integers(1, 3),
+        shards=st.integers(1, 4),
+        quorum=st.sampled_from([0.25, 0.5, 1.0]),
+        spares=st.sampled_from([0.0, 0.5, 1.0]),
+        funded=st.sampled_from([0.5, 0.8, 1.0]),
+    )
+    def publish(self, number: int, shards: int, quorum: float, spares: float, funded: float) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="hub-laws-"))
         self.clock = Clock()
         self.chain = Notary(self.clock)
         self.hub = self.opened()
-        made = recipe(job_files(), rounds=3, shards=shards, quorum=quorum, round_deadline=90, pay_deadline=1000)
+        merge = PLAIN_MERGE.model_copy(update={"spares": spares})
+        sizes = {"rounds": number, "shards": shards, "quorum": quorum, "round_deadline": 90, "pay_deadline": 1000}
+        made = recipe(job_files(), merge=merge, **sizes)
         self.recipe = made
         self.chain.terms = {
             "deadline": int(self.clock()) + made.pay.deadline,
             "grace": made.pay.grace,
             "activation_delay": 0,
-            "round_cap": made.pay.budget,
+            "round_cap": round_cap(made),
             "spec_hash": made.spec_hash,
-            "funded": made.pay.budget,
+            "funded": max(round_price(made, 1), int(job_price(made) * funded)),
         }
         self.job = "0x" + "ab" * 32
         jobs.publish(self.hub, OWNER, Publication(recipe=made, salt=self.job))
@@ -126,13 +141,35 @@ class HubLaws(RuleBasedStateMachine):
     @rule(worker=st.sampled_from(WORKERS))
     def take(self, worker: Wallet) -> None:
         if lease := leases.take(self.hub, worker.address, None):
-            self.given.append({**lease, "worker": worker})
+            self._was_given(lease, worker)
 
     @rule()
     def everybody_takes(self) -> None:
         for worker in WORKERS:
             if lease := leases.take(self.hub, worker.address, None):
-                self.given.append({**lease, "worker": worker})
+                self._was_given(lease, worker)
+
+    def _was_given(self, lease: dict[str, Any], worker: Wallet) -> None:
+        self.given.append({**lease, "worker": worker})
+        here = [row for row in self._rows(schema.shards) if row["round"] == lease["round"]]
+        states = [row["state"] for row in here if not row["spare"]]
+        if lease["shard"] >= self.recipe.shards:
+            used = sum(row["state"] != "open" for row in here if row["spare"])
+            assert "open" not in states, "spare shards are for the tail"
+            assert used <= states.count("leased"), "one for each that is out"
+
+    @precondition(lambda self: self.given)
+    @rule(data=st.data(), beats=st.booleans())
+    def all_but_one_hand_in(self, data: st.DataObject, beats: bool) -> None:
+        """One is slow: the round's deadline passes, and he may be late."""
+        slow = self._pick(data)
+        for lease in [one for one in self.given if one["lease"] != slow["lease"]][-4:]:
+            self._hand_in(lease, data.draw(st.sampled_from(DELTAS)))
+        for _ in range(6):
+            self.clock.forward(16)
+            if beats:
+                self._may_be_refused(leases.beat, self.hub, slow["worker"].address, slow["lease"], leases.Progress())
+        rounds.tick(self.hub)
 
     @rule(seconds=st.sampled_from([1, 5, 19, 21, 91]))
     def wait(self, seconds: int) -> None:
@@ -161,7 +198,9 @@ class HubLaws(RuleBasedStateMachine):
     @precondition(lambda self: self.given)
     @rule(data=st.data(), delta=st.sampled_from(DELTAS))
     def contribute(self, data: st.DataObject, delta: bytes) -> None:
-        lease = self._pick(data)
+        self._hand_in(self._pick(data), delta)
+
+    def _hand_in(self, lease: dict[str, Any], delta: bytes) -> None:
         worker: Wallet = lease["worker"]
         message = {
             "jobId": self.job,
@@ -229,6 +268,21 @@ class HubLaws(RuleBasedStateMachine):
         if state in ("settled", "closed"):
             last = self.chain.settled[max(self.chain.settled)] if self.chain.settled else {}
             assert last == owed, "who holds a receipt is in the last settlement"
+
+    @invariant()
+    def the_escrow_covers_all_that_may_still_come(self) -> None:
+        assert jobs.owed(self.hub, self.job, expected=True) <= self.chain.terms["funded"]
+
+    @invariant()
+    def what_is_late_is_one_round_late_and_no_quorum(self) -> None:
+        here = {row["round"]: row["state"] for row in self._rows(schema.rounds)}
+        given = [(row["round"], row["merged_in"]) for row in self._rows(schema.contributions)]
+        for number, merged_in in given:
+            assert merged_in in (number, number + 1) or (merged_in is None and number == self.recipe.rounds)
+            assert merged_in is None or merged_in <= self.recipe.rounds
+        for number, state in here.items():
+            if state != "open":
+                assert given.count((number, number)) >= self.recipe.quorum * self.recipe.shards
 
     def _accepted(self) -> dict[tuple[int, int], tuple[Any, ...]]:
         return {

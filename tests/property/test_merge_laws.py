@@ -3,7 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -12,6 +12,7 @@ from trainchain.core.adapter import Adapter
 from trainchain.core.errors import TrainChainError
 from trainchain.core.merge import lowrank
 from trainchain.core.merge.lowrank import Dense, Factors, Matrix, leading, stack
+from trainchain.core.merge.robust import COPY
 from trainchain.core.merge.updates import Merged, Update
 from trainchain.core.merge.updates import merge as merge_by
 
@@ -246,9 +247,10 @@ def test_a_clipped_update_counts_by_its_direction(seed: int, size: tuple[int, in
 
     one, other = (merge_by(way, start, [each, *given_[1:]]) for each in (large, larger))
 
+    assume(one.shares[large.digest].why == "clipped")  # it is the longest, and nobody's near copy
+    assume(COPY not in {share.why for share in one.shares.values()})
     assert off(product(other.adapter), product(one.adapter)) < 1e-4
     assert one.shares[large.digest].scale > other.shares[large.digest].scale
-    assert {one.shares[each.digest].why for each in given_[1:]} <= {"", "clipped"}
 
 
 @pytest.mark.parametrize("rule", ["coordinate-median", "trimmed-mean"])

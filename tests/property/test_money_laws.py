@@ -3,8 +3,12 @@ import contextlib
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fixtures_hub import recipe
+from tests.fixtures_merge import PLAIN_MERGE
 from trainchain.core.errors import TrainChainError
+from trainchain.core.models import Counts
 from trainchain.core.money import parse, show
+from trainchain.core.rewards import job_price, round_cap, round_price, shard_reward
 
 units = st.integers(0, 10**58 - 1)
 
@@ -36,3 +40,42 @@ def test_a_debt_is_the_amount_with_a_sign(amount):
 def test_any_text_is_an_amount_or_refused(text):
     with contextlib.suppress(TrainChainError):
         assert parse(text) >= 0
+
+
+@st.composite
+def jobs(draw):
+    """A job whose shards pay what they like, and with how much of a quorum and of spares it runs."""
+    rounds, shards = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    merge = PLAIN_MERGE.model_copy(update={"spares": draw(st.sampled_from([0.0, 0.4, 1.0]))})
+    files = {"model.safetensors": b"", "train-0.jsonl": b""}
+    made = recipe(files, rounds=rounds, shards=shards, merge=merge, quorum=draw(st.floats(0.01, 1)))
+    tokens = st.lists(st.integers(0, 10**6), min_size=made.all_shards, max_size=made.all_shards)
+    counts = [[Counts(rows=1, tokens=n, supervised=0) for n in draw(tokens)] for _ in range(rounds)]
+    return made.model_copy(update={"counts": counts})
+
+
+@given(jobs(), st.data())
+def test_no_history_of_arrivals_asks_a_settlement_for_more_than_the_cap(job, data):
+    """Any shards that make the quorum come in time, any others one round late; any rounds are settled together."""
+    cap, last, total, before = round_cap(job), 0, 0, 0
+    late = []
+    for number in range(1, job.rounds + 1):
+        order = data.draw(st.permutations(range(job.all_shards)))
+        fewest = next(n for n in range(1, job.shards + 1) if n >= job.quorum * job.shards)
+        in_time = data.draw(st.integers(fewest, job.all_shards))
+        arrived = data.draw(st.integers(in_time, job.all_shards))
+        total += sum(shard_reward(job, number, shard) for shard in order[:in_time])
+        total += sum(shard_reward(job, number - 1, shard) for shard in late)
+        late = order[in_time:arrived]
+        if number == job.rounds:
+            total += sum(shard_reward(job, number, shard) for shard in late)
+        if number == job.rounds or data.draw(st.booleans()):
+            assert total - before <= cap * (number - last)
+            last, before = number, total
+    assert total <= job_price(job) == sum(round_price(job, number) for number in range(1, job.rounds + 1))
+
+
+@given(jobs())
+def test_the_cap_holds_a_round_and_no_more_than_two(job):
+    dearest = max(round_price(job, number) for number in range(1, job.rounds + 1))
+    assert dearest <= round_cap(job) <= 2 * dearest

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainchain.core.digests import canonical_json, sha256
-from trainchain.core.sharding import DataOrder, Epoch, order, pack
+from trainchain.core.sharding import DataOrder, Epoch, order, pack, piece, spare_shards
 
 GOLDEN_CASES = json.loads((Path(__file__).parents[1] / "golden" / "data_order.json").read_text(encoding="utf-8"))
 
@@ -101,6 +101,50 @@ def test_no_shard_is_empty_and_no_step_of_it(lengths: list[int], shape: dict[str
     assert all(sum(lengths[row] for row in sequence) <= 32 for step in steps for sequence in step)
 
 
+@given(shards=st.integers(1, 40), rounds=st.integers(1, 12), share=st.floats(0, 1))
+def test_every_piece_of_the_stream_is_one_shard_s_and_the_spare_ones_come_last(
+    shards: int, rounds: int, share: float
+) -> None:
+    spares = spare_shards(share, shards)
+    sizes = {"shards": shards, "rounds": rounds, "spares": spares}
+    regular = [piece(round, shard, **sizes) for round in range(1, rounds + 1) for shard in range(shards)]
+    spare = [piece(round, shard, **sizes) for round in range(1, rounds + 1) for shard in range(shards, shards + spares)]
+
+    assert 0 <= spares <= shards
+    assert regular == list(range(rounds * shards)), "with spares or without: each row has its turn"
+    assert spare == list(range(rounds * shards, rounds * (shards + spares)))
+    for shard in (-1, shards + spares):
+        with pytest.raises(ValueError, match="has no shard"):
+            piece(1, shard, **sizes)
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths=lengths, shape=shapes, round=st.integers(1, 3), spares=st.integers(1, 3))
+def test_a_spare_shard_goes_on_where_the_job_s_data_end(
+    lengths: list[int], shape: dict[str, int], round: int, spares: int
+) -> None:
+    stream = DataOrder(lengths, sequence_len=32, seed=1)
+    size = shape["steps"] * shape["batch_size"]
+    end = 3 * shape["shards"] * size
+    found = [
+        sequence
+        for shard in range(shape["shards"], shape["shards"] + spares)
+        for step in stream.shard(round, shard, rounds=3, spares=spares, **shape)
+        for sequence in step
+    ]
+
+    first = end + (round - 1) * spares * size
+    assert found == stream.sequences(first, first + spares * size)
+    assert all(sum(lengths[row] for row in sequence) <= 32 for sequence in found)
+
+
+@pytest.mark.parametrize(
+    ("share", "shards", "spares"), [(0.1, 9, 0), (0.1, 10, 1), (0.1, 30, 3), (0.29, 100, 29), (0.7, 10, 7), (1.0, 4, 4)]
+)
+def test_a_share_of_the_shards_is_rounded_down(share: float, shards: int, spares: int) -> None:
+    assert spare_shards(share, shards) == spares
+
+
 @settings(deadline=None, max_examples=60)
 @given(lengths=lengths, shape=shapes, asked=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), max_size=6))
 def test_a_kept_epoch_and_the_order_of_asking_change_nothing(
@@ -118,7 +162,7 @@ def test_a_kept_epoch_and_the_order_of_asking_change_nothing(
         return DataOrder(lengths, sequence_len=32, seed=3, **options)
 
     used = fresh(keep=keep)
-    for round, shard in asked:
+    for round, shard in ((round, shard % shape["shards"]) for round, shard in asked):
         wanted = fresh().shard(round, shard, **shape)
         assert used.shard(round, shard, **shape) == wanted
         assert fresh(keep=keep).shard(round, shard, **shape) == wanted

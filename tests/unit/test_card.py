@@ -7,6 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from tests.fixtures_card import CHAIN, COMMIT, HUB_BASE, HUB_DATA, WORKERS, a_job, a_private_job, told
+from tests.fixtures_merge import PLAIN_MERGE
 from trainchain.core.card import card, front_matter, hub_base
 from trainchain.core.errors import TrainChainError
 from trainchain.core.history import History, read_history
@@ -131,6 +132,22 @@ def test_a_round_s_card_counts_that_round_and_those_before() -> None:
     assert "Held-out loss: 3.0000 before, 2.5000 after." in first
     assert history.settlements[1].tx in last
     assert history.settlements[1].tx not in first
+
+
+def test_what_came_late_counts_where_it_was_merged_and_what_is_spare_is_said() -> None:
+    job = a_job(shards=3, merge=PLAIN_MERGE.model_copy(update={"spares": 0.4}))
+    rounds = [row.model_dump() for row in told(job).rounds_done]
+    rounds[0]["shards"][0]["merged_in"] = 2
+    rounds[1]["shards"][1] |= {"shard": 3}
+    rounds[1]["shards"][2]["merged_in"] = None
+    history = told(job).model_copy(update={"rounds_done": told(job, rounds_done=rounds).rounds_done})
+
+    first, last = (card(job, history, CHAIN, number) for number in (1, 2))
+
+    assert "| Shards accepted and merged | 2 of 3 |" in first
+    assert "| Shards accepted and merged | 4 of 6, and 1 spare shard; 1 came one round late and had half " in last
+    merged = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 3)]
+    assert f"on {sum(job.counts[number - 1][shard].tokens for number, shard in merged):,} tokens" in last
 
 
 def test_a_settlement_that_covers_a_round_later_is_named() -> None:

@@ -261,6 +261,9 @@ def test_samples_need_no_held_out_data() -> None:
         ("seed", "-1"),
         ("merge", "{method: average}"),
         ("merge", "{encoding: int2}"),
+        ("merge", "{spares: 1.5}"),
+        ("merge", "{leave_one_out: -0.1}"),
+        ("merge", "{leave_one_out: 0.1}"),
         ("pay", "5"),
         ("pay", "{budget: 5}"),
         ("pay", "{token: USDC, per_million_tokens: 1, budget: 5}"),
@@ -277,6 +280,14 @@ def test_a_wrong_value_is_named_with_its_line(key: str, value: str) -> None:
     assert key in error.message
     assert "pydantic" not in error.message
     assert "Value error" not in error.message
+
+
+def test_leave_one_out_needs_data_to_measure_on() -> None:
+    line = "merge: {leave_one_out: 0.02}"
+
+    assert "needs `test_datasets`" in refusal(with_line(line)).message
+    found = read(GOOD + f"test_datasets: [{{path: ./held-out.jsonl}}]\n{line}\n")
+    assert (found.merge.leave_one_out, read(GOOD).merge.leave_one_out, found.merge.spares) == (0.02, None, 0.1)
 
 
 @pytest.mark.parametrize("key", ["name", "base_model", "datasets", "rounds", "shards", "steps", "pay"])

@@ -261,19 +261,19 @@ def _write_adapter(client: HubClient, found: Merged, folder: Path) -> None:
 
 
 def _contributions(client: HubClient, found: Merged) -> list[Accepted]:
-    """Every accepted contribution to the rounds that the adapter was made of."""
+    """Every accepted contribution that the adapter was made of, or that is paid with its last round."""
     from trainchain.core.bundle import Contributions
     from trainchain.core.models import parse
 
     rows: list[Accepted] = []
+    wanted = found.history.covered(found.number)
     after: Any = 0
     while after is not None:
         page = client.get(f"/v1/jobs/{found.job}/contributions", signed=client.address is not None, after=after)
         told = parse(Contributions, page, code="hub.not_a_hub", what="What the hub says of the contributions")
-        rows += [row for row in told.contributions if row.contribution.round <= found.number]
+        rows += [row for row in told.contributions if row.place in wanted]
         following = page.get("next") if told.contributions else None
         after = following if type(following) is int and following > after else None
-    wanted = {(row.round, shard.shard) for row in found.history.through(found.number) for shard in row.accepted()}
     if {row.place for row in rows} != wanted or len(rows) != len(wanted):
         raise TrainChainError(
             "hub.not_a_hub", f"The hub tells of {len(rows)} contributions, and the job has {len(wanted)} accepted ones."

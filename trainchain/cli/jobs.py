@@ -130,11 +130,19 @@ def describe(view: dict[str, Any]) -> str:
     for row in view["rounds_done"]:
         lines.append(f"round {row['round']}  {row['state']}")
         for shard in row["shards"]:
+            if shard["spare"] and shard["state"] in ("open", "abandoned"):
+                continue
             who = short(shard["worker"]) if "worker" in shard else ""
             tail = f"+{money.show(int(shard['reward']))} TRAIN" if "reward" in shard else ""
             progress = shard.get("progress") or {}
             if progress:
                 tail = f"step {progress['step']}/{progress['steps']}"
+            if shard["state"] == "accepted" and shard["merged_in"] != row["round"]:
+                tail += "  late" if shard["merged_in"] else "  too late to be merged"
+            elif shard["spare"]:
+                tail += "  spare"
+            if (shard.get("merge") or {}).get("why") == "leave-one-out":
+                tail += "  left out"
             lines.append(f"  shard {shard['shard']:<3} {shard['state']:<9} {shard['tokens']:>8,} tokens  {who}  {tail}")
     for address, worker in view["workers"].items():
         lines.append(f"worker {address}  {worker['accepted']} accepted  {money.show(int(worker['reward']))} TRAIN")

@@ -32,12 +32,14 @@ def train(
     """Train a shard into a folder; returns the document of `train --json`. The child ends with this process."""
     from trainchain.core.adapter import read_adapter
     from trainchain.core.recipe import load_recipe
+    from trainchain.core.sharding import spare_shards
     from trainchain.core.worker import alone
     from trainchain.core.worker.child import Child, child_environment
     from trainchain.core.worker.files import JobFiles
 
     asked = load_recipe(recipe_path)
-    for name, given, last in (("round", round_, asked.rounds), ("shard", shard, asked.shards - 1)):
+    shards = asked.shards + spare_shards(asked.merge.spares, asked.shards)
+    for name, given, last in (("round", round_, asked.rounds), ("shard", shard, shards - 1)):
         if given > last:
             raise TrainChainError("usage.flag", f"There is no {name} {given}: the recipe's last is {last}.")
     if round_ > 1 and start is None:

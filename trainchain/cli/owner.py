@@ -101,7 +101,7 @@ def _publish(
         "spec_hash": recipe.spec_hash,
         "budget": str(recipe.pay.budget),
         "price": str(plan.price),
-        "tokens": sum(counts.tokens for row in recipe.counts for counts in row),
+        "tokens": sum(counts.tokens for row in recipe.counts for counts in row[: recipe.shards]),
         "escrow": chain.escrow,
         "tx": tx,
         "hub": settings.hub,

@@ -78,10 +78,11 @@ class Plan:
     def describe_work(self) -> str:
         """What is trained, and what of the data is not."""
         recipe = self.resolved
-        tokens = sum(counts.tokens for row in recipe.counts for counts in row)
+        tokens = sum(counts.tokens for row in recipe.counts for counts in row[: recipe.shards])
+        spare = f", and up to {recipe.spares} spare a round" if recipe.spares else ""
         lines = [
             f"recipe   {recipe.name}: {recipe.rounds} rounds x {recipe.shards} shards x {recipe.steps} steps "
-            f"= {tokens:,} tokens"
+            f"= {tokens:,} tokens{spare}"
         ]
         for count, where, what in (
             (self.truncated, self.truncated_at, f"are cut at {recipe.training.sequence_len} tokens"),
@@ -101,6 +102,7 @@ def resolve(path: Path, bringer: Bringer, *, tokens: Path | None = None, weights
     from trainchain.core.digests import sha256
     from trainchain.core.models import Access, DataSet, FileRef, HeldOut, Lora, Merge, Pay, ResolvedRecipe
     from trainchain.core.recipe import load_recipe
+    from trainchain.core.sharding import spare_shards
 
     recipe = load_recipe(path)
     target, template = _target(recipe.hub_model_id), template_of(recipe)
@@ -128,6 +130,7 @@ def resolve(path: Path, bringer: Bringer, *, tokens: Path | None = None, weights
             rounds=recipe.rounds,
             shards=recipe.shards,
             steps=recipe.steps,
+            spares=spare_shards(recipe.merge.spares, recipe.shards),
             targets=recipe.lora_target_modules,
             r=recipe.lora_r,
             attention=recipe.attention,

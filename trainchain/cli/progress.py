@@ -70,10 +70,14 @@ class Progress:
             if row["loss"] is not None:
                 label = "base" if row["round"] == 0 else f"round {row['round']}"
                 self._once(("loss", row["round"]), f"{label}  held-out loss {row['loss']:.4f}")
+        before: list[dict[str, Any]] = []
         for row in view["rounds_done"]:
             if row["state"] == "merged":
-                done = sum(shard["state"] == "accepted" for shard in row["shards"])
-                self._once(("merged", row["round"]), f"round {row['round']}  {done}/{len(row['shards'])} shards merged")
+                late = sum(shard.get("merged_in") == row["round"] for shard in before)
+                done = sum(shard.get("merged_in") == row["round"] for shard in row["shards"])
+                text = f"round {row['round']}  {done}/{self._recipe.shards} shards merged"
+                self._once(("merged", row["round"]), text + (f", and {late} of the round before" if late else ""))
+            before = row["shards"]
 
     def _once(self, key: tuple[Any, ...], text: str) -> None:
         with self._lock:
@@ -95,8 +99,8 @@ class Progress:
             view, workers, earned = self._view, dict(self._workers), dict(self._earned)
         recipe = self._recipe
         rounds = view.get("rounds_done", [])
-        states = [shard["state"] for row in rounds for shard in row["shards"]]
-        done, whole = states.count("accepted"), recipe.rounds * recipe.shards
+        in_time = [sum(shard.get("merged_in") == row["round"] for shard in row["shards"]) for row in rounds]
+        done, whole = sum(min(count, recipe.shards) for count in in_time), recipe.rounds * recipe.shards
         losses = [row["loss"] for row in view.get("evaluations", []) if row["loss"] is not None]
         filled = BAR * done // whole
         speed = sum(event.get("tokens_per_second", 0.0) for event in workers.values() if event["event"] == "step")

@@ -161,7 +161,7 @@ def _seal(plan: Plan, folder: Path) -> _Found:
     recipe = plan.resolved
     made = blocks_of(plan.model_dir, plan.files, recipe, cache=plan.tokens)
     blocks = [
-        [one(f"block-{row}-{shard}.age", made.block(row, shard)) for shard in range(recipe.shards)]
+        [one(f"block-{row}-{shard}.age", made.block(row, shard)) for shard in range(recipe.all_shards)]
         for row in range(1, recipe.rounds + 1)
     ]
     base: Iterable[FileRef] = recipe.base_model.files if recipe.base_model.source is None else []

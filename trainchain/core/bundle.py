@@ -81,6 +81,12 @@ class Accepted(Told):
     seconds: float = 0.0
     micro_tokens: Annotated[list[Positive], Field(default_factory=list)]
     receipt: Receipt
+    merged_in: Positive | None = None
+
+    @property
+    def counted(self) -> int:
+        """The round that it is settled with: whose merge took it in, or the last one where it came too late for any."""
+        return self.merged_in or self.contribution.round
 
     @property
     def place(self) -> tuple[int, int]:
@@ -146,7 +152,7 @@ def bundle_files(
     `leaves` are the leaves files of `history.settled(round_)` by their digests.
     """
     done = history.through(round_)
-    rows = [one for one in contributions if one.contribution.round <= round_]
+    rows = [one for one in contributions if one.counted <= round_]
     # What an adapter of private data answers may tell of the data.
     answers = {} if recipe.private else {row.round: row.samples for row in history.evaluations}
     losses: list[dict[str, Any]] = [{"round": 0, "loss": history.loss(0), "samples": answers.get(0)}]
@@ -226,14 +232,15 @@ def _check_layout(folder: Path, recipe: ResolvedRecipe) -> None:
 def _check_contributions(
     recipe: ResolvedRecipe, manifest: Manifest, rows: list[Accepted], checks: Checks
 ) -> dict[int, dict[str, int]]:
-    """Every signature, receipt and reward; returns what each worker earned in each round."""
+    """Every signature, receipt and reward; returns what each worker earned by each round's settlement."""
     chain = manifest.chain
     earned: dict[int, dict[str, int]] = {}
     seen: set[tuple[int, int]] = set()
     for row in rows:
         given, receipt, place = row.contribution, row.receipt, row.place
         where = f"round {given.round}, shard {given.shard}"
-        if given.jobId != manifest.job or not (given.round <= manifest.round and given.shard < recipe.shards):
+        inside = given.round <= row.counted <= min(manifest.round, given.round + 1) and given.shard < recipe.all_shards
+        if given.jobId != manifest.job or not inside:
             raise TrainChainError("job.invalid", f"{CONTRIBUTIONS}: {where} is not of this job's adapter.")
         if place in seen:
             raise TrainChainError("job.invalid", f"{CONTRIBUTIONS}: {where} stands there twice.")
@@ -257,7 +264,7 @@ def _check_contributions(
             wrong = f"promises {receipt.amount} and not the {reward} that the recipe gives"
         if wrong:
             raise TrainChainError("receipt.invalid", f"The receipt of {where} {wrong}.")
-        mine = earned.setdefault(given.round, {})
+        mine = earned.setdefault(row.counted, {})
         mine[given.worker.lower()] = mine.get(given.worker.lower(), 0) + reward
     return earned
 

@@ -99,12 +99,14 @@ CODES: dict[str, Reason] = {
     "contribution.wrong_job": Reason(409, 1, "The contribution names another job than its lease."),
     "contribution.wrong_round": Reason(409, 1, "The contribution names a round or shard other than its lease's."),
     "contribution.wrong_start": Reason(409, 1, "The contribution started from another adapter than the round's."),
+    "contribution.too_late": Reason(
+        409, 1, "The round after the contribution's own has closed too: nothing takes it in any more."
+    ),
     "contribution.repeat": Reason(409, 1, "This contribution was already accepted; its receipt comes along."),
     "contribution.encoding": Reason(422, 1, "The delta is encoded otherwise than the recipe says."),
     "contribution.segments": Reason(
         422, 1, "The contribution does not tell micro_tokens once for each segment of the recipe."
     ),
-    "round.closed": Reason(409, 1, "The round has closed; its contributions are merged."),
     "shard.already_accepted": Reason(409, 1, "Somebody's contribution for this shard was already accepted."),
     "delta.missing": Reason(409, 1, "The contribution names a delta that was not uploaded."),
     "delta.wrong_digest": Reason(422, 1, "The uploaded bytes are not those the digest names."),

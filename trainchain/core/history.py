@@ -27,6 +27,8 @@ class ToldShard(Told):
     shard: Count
     state: State
     worker: Address | None = None
+    merged_in: Positive | None = None
+    """The round whose merge takes an accepted one in: its own, or the next where it came late; None where none does."""
 
 
 class ToldRound(Told):
@@ -78,6 +80,19 @@ class History(Told):
         """The rounds that an adapter of `round_` was made of."""
         return [row for row in self.merged() if row.round <= round_]
 
+    def taken(self, round_: int) -> list[tuple[int, ToldShard]]:
+        """What the merge of a round took in, each with the round that it was trained in."""
+        every = ((row.round, shard) for row in self.rounds_done for shard in row.accepted())
+        return [(trained, shard) for trained, shard in every if shard.merged_in == round_]
+
+    def covered(self, round_: int) -> set[tuple[int, int]]:
+        """Round and shard of all that is paid once a round is settled: what merges through it took in and, with the
+        last round's settlement, what came too late for any."""
+        taken = {(trained, shard.shard) for row in self.through(round_) for trained, shard in self.taken(row.round)}
+        settled = max((row.round for row in self.settlements), default=0)
+        rest = (row for row in self.rounds_done if row.round <= min(round_, settled))
+        return taken | {(row.round, shard.shard) for row in rest for shard in row.accepted() if shard.merged_in is None}
+
     def loss(self, round_: int) -> float | None:
         """The held-out loss after a round, None where none was measured."""
         return next((row.loss for row in self.evaluations if row.round == round_), None)
@@ -105,9 +120,9 @@ def shares(recipe: ResolvedRecipe, history: History, round_: int) -> list[Share]
     """Each worker's part in the rounds through `round_`, in the order of addresses; tokens and rewards as pinned."""
     parts: dict[str, list[tuple[int, int]]] = {}
     for row in history.through(round_):
-        for shard in row.accepted():
-            tokens = recipe.counts[row.round - 1][shard.shard].tokens
-            parts.setdefault(str(shard.worker), []).append((tokens, shard_reward(recipe, row.round, shard.shard)))
+        for trained, shard in history.taken(row.round):
+            tokens = recipe.counts[trained - 1][shard.shard].tokens
+            parts.setdefault(str(shard.worker), []).append((tokens, shard_reward(recipe, trained, shard.shard)))
     return [
         Share(worker, len(rows), sum(tokens for tokens, _ in rows), sum(reward for _, reward in rows))
         for worker, rows in sorted(parts.items(), key=lambda item: item[0].lower())
@@ -128,7 +143,7 @@ def read_history(document: Any, recipe: ResolvedRecipe) -> History:
     """A hub's view of the job of `recipe`. Raises `hub.not_a_hub` for what no hub says, or says of another job."""
     told = parse(History, document, code="hub.not_a_hub", what="What the hub says of the job")
     inside = all(
-        row.round <= recipe.rounds and all(shard.shard < recipe.shards for shard in row.shards)
+        row.round <= recipe.rounds and all(shard.shard < recipe.all_shards for shard in row.shards)
         for row in told.rounds_done
     )
     if told.spec_hash != recipe.spec_hash or not inside:

@@ -10,6 +10,7 @@ from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from trainchain.core.digests import canonical_json, sha256
 from trainchain.core.errors import TrainChainError
+from trainchain.core.sharding import spare_shards
 
 PROTOCOL = 5
 MAX_INT = 2**63 - 1
@@ -174,7 +175,8 @@ class Access(Model):
 class Sealed(Model):
     """What a private job is made of: ciphertexts (age), each under a key of its own, kept by the hub.
 
-    `blocks[round - 1][shard]` are the rows of that shard in the order they are trained in (core/train/blocks.py);
+    `blocks[round - 1][shard]` are the rows of that shard in the order they are trained in (core/train/blocks.py), the
+    spare shards last;
     `base` are the owner's model files under their names, empty where the base has a source.
     """
 
@@ -196,6 +198,10 @@ class Merge(Model):
     """AdamW's, at the start of a shard: those that the round before ended with, merged, or zero."""
     outer_learning_rate: Annotated[float, Field(gt=0, le=10)]
     outer_momentum: Annotated[float, Field(ge=0, lt=1)]
+    spares: Annotated[float, Field(ge=0, le=1)]
+    """Spare shards of a round, as a share of its shards."""
+    leave_one_out: Annotated[float, Field(ge=0, le=1)] | None
+    """By which share of its start's held-out loss a round may raise it before it is taken apart; None: it never is."""
 
     @property
     def hands_on(self) -> bool:
@@ -241,7 +247,7 @@ class ResolvedRecipe(Model):
     """Prompts that each merged adapter answers, to show what it learned."""
     sample_tokens: Annotated[int, Field(ge=1, le=1024)]
     counts: list[list[Counts]]
-    """`counts[round - 1][shard]`; weights and pay come from here, never from a worker's word."""
+    """`counts[round - 1][shard]`, the spare shards last; weights and pay come from here, never from a worker's word."""
 
     def canonical(self) -> bytes:
         return canonical_json(self.model_dump(mode="json"))
@@ -250,6 +256,16 @@ class ResolvedRecipe(Model):
     def spec_hash(self) -> str:
         """sha256 of the canonical JSON: the 32 bytes that stand in escrow."""
         return sha256(self.canonical())
+
+    @property
+    def spares(self) -> int:
+        """How many spare shards each round has beside its `shards`."""
+        return spare_shards(self.merge.spares, self.shards)
+
+    @property
+    def all_shards(self) -> int:
+        """A round's shards and spare shards: what bounds a shard's number."""
+        return self.shards + self.spares
 
     def only_held_out(self, digest: str) -> bool:
         """Whether a file serves to judge the job and for nothing else in it."""

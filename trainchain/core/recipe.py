@@ -144,6 +144,9 @@ class MergeEntry(_Strict):
     moments: Literal["merged", "fresh"] = "merged"
     outer_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    spares: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Of `shards`, rounded down: so many more shards a round has for its tail."""
+    leave_one_out: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 class PayEntry(_Strict):
@@ -217,12 +220,25 @@ class Recipe(_Strict):
     sample_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
     pay: PayEntry
 
+    @field_validator("merge")
+    @classmethod
+    def _measured(cls, value: MergeEntry, info: ValidationInfo) -> MergeEntry:
+        if value.leave_one_out is None or info.data.get("test_datasets"):
+            return value
+        raise ValueError("`leave_one_out` needs `test_datasets`: it goes by the held-out loss")
+
     @field_validator("fp16")
     @classmethod
     def _one_precision(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("bf16") is True:
             raise ValueError("`bf16: true` and `fp16: true` exclude each other")
         return value
+
+
+PARENTS: dict[str, type[BaseModel]] = {
+    **{"pay": PayEntry, "merge": MergeEntry, "access": AccessEntry},
+    **{"datasets": DataEntry, "test_datasets": HeldOutEntry},
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -374,16 +390,7 @@ def _unknown_key(line: str, keys: list[str]) -> TrainChainError:
     if len(keys) == 1 and key in INSTEAD:
         reason, hint = INSTEAD[key]
         return TrainChainError("recipe.unsupported", f"{line}: `{key}`: {reason}.", hint=hint)
-    owner: type[BaseModel] = Recipe
-    if len(keys) > 1:
-        parents: dict[str, type[BaseModel]] = {
-            "pay": PayEntry,
-            "merge": MergeEntry,
-            "datasets": DataEntry,
-            "test_datasets": HeldOutEntry,
-            "access": AccessEntry,
-        }
-        owner = parents.get(keys[0], Recipe)
+    owner = PARENTS.get(keys[0], Recipe) if len(keys) > 1 else Recipe
     near = OTHER_TOOLS.get(key) if len(keys) == 1 else None
     near = near or next(iter(difflib.get_close_matches(key, owner.model_fields, n=1, cutoff=0.5)), None)
     known = ", ".join(owner.model_fields)

@@ -1,5 +1,7 @@
 """What work is worth: pure integer functions of the resolved recipe's pinned counts."""
 
+import math
+
 from trainchain.core.models import ResolvedRecipe
 
 
@@ -10,8 +12,8 @@ def shard_reward(recipe: ResolvedRecipe, round_: int, shard: int) -> int:
 
 
 def round_price(recipe: ResolvedRecipe, round_: int) -> int:
-    """The most that one round can cost."""
-    return sum(shard_reward(recipe, round_, shard) for shard in range(recipe.shards))
+    """The most that one round can cost: all its shards, and all its spare shards."""
+    return sum(_rewards(recipe, round_))
 
 
 def job_price(recipe: ResolvedRecipe) -> int:
@@ -19,6 +21,18 @@ def job_price(recipe: ResolvedRecipe) -> int:
     return sum(round_price(recipe, round_) for round_ in range(1, recipe.rounds + 1))
 
 
+def late_price(recipe: ResolvedRecipe, round_: int) -> int:
+    """The most that can come in after the round has closed: it closes with a quorum, and that may be the cheapest."""
+    late = recipe.all_shards - math.ceil(recipe.quorum * recipe.shards)
+    return sum(sorted(_rewards(recipe, round_), reverse=True)[:late])
+
+
 def round_cap(recipe: ResolvedRecipe) -> int:
-    """The most one settlement may add for each round it covers: the dearest round's price."""
-    return max(round_price(recipe, round_) for round_ in range(1, recipe.rounds + 1))
+    """The most one settlement may add for each round it covers: the dearest round with what came late of the one
+    before, which an earlier settlement may have covered without it."""
+    late = [0, *(late_price(recipe, round_) for round_ in range(1, recipe.rounds))]
+    return max(round_price(recipe, round_) + late[round_ - 1] for round_ in range(1, recipe.rounds + 1))
+
+
+def _rewards(recipe: ResolvedRecipe, round_: int) -> list[int]:
+    return [shard_reward(recipe, round_, shard) for shard in range(recipe.all_shards)]

@@ -1,7 +1,7 @@
 """The data order as a pure function of recipe and shard: the same on any machine. Standard library only.
 
 Documents are shuffled anew each epoch and packed into sequences; the epochs' sequences form one endless
-stream, of which every shard of every round takes the next piece.
+stream, of which every shard of every round takes the next piece, and then the spare shards of every round.
 """
 
 import hashlib
@@ -48,11 +48,22 @@ def pack(lengths: Sequence[int], sequence_len: int) -> "array[int]":
     return starts
 
 
-def shard_range(round: int, shard: int, *, shards: int, steps: int, batch_size: int) -> tuple[int, int]:
-    """Which sequences of the stream (from, up to) are trained in `round` (from 1), `shard` (from 0)."""
-    index = (round - 1) * shards + shard
-    size = steps * batch_size
-    return index * size, (index + 1) * size
+def spare_shards(share: float, shards: int) -> int:
+    """How many spare shards a round of `shards` has: that share of them, rounded down."""
+    return int(share * shards + 1e-9)  # 0.29 x 100 is a little less than 29 in binary
+
+
+def piece(round: int, shard: int, *, shards: int, rounds: int = 0, spares: int = 0) -> int:
+    """Which piece of the stream is trained in `round` (from 1), `shard` (from 0).
+
+    Those from `shards` on are the round's spares. Their pieces come after those of all `rounds`, so that no row is left
+    out where they are not used.
+    """
+    if 0 <= shard < shards:
+        return (round - 1) * shards + shard
+    if not (shards <= shard < shards + spares and round <= rounds):
+        raise ValueError(f"round {round} of {rounds} has no shard {shard}: there are {shards} and {spares} to spare")
+    return rounds * shards + (round - 1) * spares + shard - shards
 
 
 def _make(epoch: int, make: Callable[[], Epoch]) -> Epoch:
@@ -102,10 +113,13 @@ class DataOrder:
             epoch += 1
         return found
 
-    def shard(self, round: int, shard: int, *, shards: int, steps: int, batch_size: int) -> list[list[list[int]]]:
-        """Per optimizer step, its `batch_size` consecutive sequences."""
-        start, stop = shard_range(round, shard, shards=shards, steps=steps, batch_size=batch_size)
-        found = self.sequences(start, stop)
+    def shard(
+        self, round: int, shard: int, *, shards: int, steps: int, batch_size: int, rounds: int = 0, spares: int = 0
+    ) -> list[list[list[int]]]:
+        """Per optimizer step, its `batch_size` consecutive sequences. `rounds` and `spares` place the spare shards."""
+        size = steps * batch_size
+        start = piece(round, shard, shards=shards, rounds=rounds, spares=spares) * size
+        found = self.sequences(start, start + size)
         return [found[at : at + batch_size] for at in range(0, len(found), batch_size)]
 
     def _cut(self, epoch: int, first: int, last: int) -> list[list[int]]:

@@ -18,6 +18,10 @@ class Job(StrEnum):
     CLOSED = "closed"
 
 
+ENDED = frozenset({Job.FINISHED, Job.CANCELLED, Job.EXPIRED, Job.SETTLED, Job.CLOSED})
+"""No shard is lent any more, and only what is held may still come."""
+
+
 class Round(StrEnum):
     OPEN = "open"
     MERGING = "merging"
@@ -31,7 +35,11 @@ class Shard(StrEnum):
     """A signed contribution passed the cheap checks; its verdict is due."""
     ACCEPTED = "accepted"
     ABANDONED = "abandoned"
-    """The round closed without it."""
+    """Nothing is accepted for it any more: nobody had it when its round closed, or the next round has closed too."""
+
+
+UNDONE = frozenset({Shard.OPEN, Shard.LEASED})
+"""A contribution may still be accepted for it."""
 
 
 class Lease(StrEnum):

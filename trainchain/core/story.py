@@ -33,7 +33,7 @@ def training(recipe: ResolvedRecipe, history: History, round_: int) -> Iterator[
         ("What", "Value"),
         [
             ("Rounds x shards x steps", f"{round_} x {recipe.shards} x {recipe.steps}"),
-            ("Shards accepted and merged", f"{len(trained)} of {round_ * recipe.shards}"),
+            ("Shards accepted and merged", _merged(recipe, history, round_)),
             ("Tokens through the model", f"{tokens:,}, {supervised:,} of them with loss"),
             ("Sequences", f"packed to {settings.sequence_len} tokens, {settings.batch_size} in a step"),
             ("LoRA", f"rank {lora.r}, alpha {lora.alpha}, no dropout, in fp32"),
@@ -140,7 +140,16 @@ def folding(recipe: ResolvedRecipe, history: History, round_: int, dtype: str) -
 def _trained(recipe: ResolvedRecipe, history: History, round_: int, only: int | None = None) -> list[Counts]:
     """The pinned counts of all shards that were merged through a round, or in one of them."""
     rows = [row for row in history.through(round_) if only in (None, row.round)]
-    return [recipe.counts[row.round - 1][shard.shard] for row in rows for shard in row.accepted()]
+    return [recipe.counts[trained - 1][shard.shard] for row in rows for trained, shard in history.taken(row.round)]
+
+
+def _merged(recipe: ResolvedRecipe, history: History, round_: int) -> str:
+    taken = [(row.round, *one) for row in history.through(round_) for one in history.taken(row.round)]
+    spare = sum(shard.shard >= recipe.shards for _, _, shard in taken)
+    late = sum(merged != trained for merged, trained, _ in taken)
+    text = f"{len(taken) - spare} of {round_ * recipe.shards}"
+    text += f", and {count(spare, 'spare shard')}" if spare else ""
+    return text + (f"; {late} came one round late and had half their weight" if late else "")
 
 
 def _rate(recipe: ResolvedRecipe) -> str:

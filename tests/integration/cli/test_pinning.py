@@ -73,6 +73,17 @@ def test_every_key_of_the_training_is_pinned_as_it_is_written(tmp_path: Path) ->
     assert (found.resolved.samples, found.resolved.sample_tokens) == ([], 9)
 
 
+def test_spare_shards_are_pinned_and_priced_and_change_no_other(tmp_path: Path) -> None:
+    few, found = plan(tmp_path), plan(tmp_path, merge={"spares": 0.5})
+
+    assert (few.resolved.merge.spares, few.resolved.spares) == (0.1, 0), "a tenth of two is none"
+    assert (found.resolved.spares, found.resolved.all_shards) == (1, 3)
+    assert [row[:2] for row in found.resolved.counts] == few.resolved.counts
+    assert [len(row) for row in found.resolved.counts] == [3, 3]
+    assert found.price > few.price
+    assert "and up to 1 spare a round" in found.describe_work()
+
+
 @pytest.mark.parametrize(("written", "pinned"), [(True, "bf16"), (False, "fp32"), ("auto", "fp32")])
 def test_the_precision_is_the_recipe_s(tmp_path: Path, written: object, pinned: str) -> None:
     assert plan(tmp_path, bf16=written).resolved.training.precision == pinned

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from tests.fixtures_hub import Job, Person, Town, seal_files, sealed_recipe
+from tests.fixtures_merge import PLAIN_MERGE
 from trainchain.chain import eip712
 from trainchain.core import seal
 from trainchain.core.errors import CODES, TrainChainError
@@ -193,6 +194,16 @@ def test_every_lease_of_a_job_opens_its_own_block(job: Job, anna: Person, ben: P
     assert len(set(blocks)) == 4
 
 
+def test_a_spare_shard_has_a_block_of_its_own(town: Town, anna: Person) -> None:
+    files = seal_files(rounds=1, shards=3, held_out=False, base=True)
+    merge = PLAIN_MERGE.model_copy(update={"spares": 0.5})
+    job = town.open(sealed_recipe(files, shards=2, merge=merge), {}, town.owner, sealed=files)
+    held = [anna.must_lease(job) for _ in range(3)]
+
+    assert [lease["shard"] for lease in held] == [0, 1, 2]
+    assert job.sealed.blocks[0][2].sha256 in anna.opened(held[2], anna.ask_keys(held[2]))
+
+
 def test_the_hub_s_evaluator_is_given_the_held_out_file_s_key_and_no_block_s(town: Town, job: Job) -> None:
     evaluator = town.person(town.evaluator_keys)
     lease = next(lease for lease in iter(evaluator.lease, None) if lease["job"] == job.id)
@@ -259,7 +270,17 @@ def done(town: Town, job: Job, anna: Person, ben: Person) -> httpx.Response:
     return anna.ask_keys(lease)
 
 
-def of_a_closed_round(town: Town, job: Job, anna: Person, ben: Person) -> httpx.Response:
+def of_the_round_before_last(town: Town, job: Job, anna: Person, ben: Person) -> httpx.Response:
+    job = town.publish_sealed(workers=[anna.address, ben.address], rounds=3)
+    lease = anna.must_lease(job)
+    for _ in range(2):
+        ben.work(job)
+        town.clock.forward(job.recipe.round_deadline + 1)
+        town.tick()
+    return anna.ask_keys(lease)
+
+
+def expired_in_a_closed_round(town: Town, job: Job, anna: Person, ben: Person) -> httpx.Response:
     lease = anna.must_lease(job)
     ben.work(job)
     town.clock.forward(job.recipe.round_deadline + 1)
@@ -323,7 +344,8 @@ REFUSED: list[tuple[Ask, str]] = [
     (taken_on, "lease.lost"),
     (unfinished_measure, "lease.lost"),
     (done, "shard.already_accepted"),
-    (of_a_closed_round, "round.closed"),
+    (expired_in_a_closed_round, "lease.lost"),
+    (of_the_round_before_last, "contribution.too_late"),
     (of_an_open_job, "object.unexpected"),
     (unsigned, "key.invalid"),
     (with_anothers_key, "key.invalid"),

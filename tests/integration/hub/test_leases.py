@@ -126,14 +126,15 @@ def test_a_beat_after_the_end_says_what_became_of_the_shard(town: Town, anna: Pe
     assert code(beat(ben, late)) == "lease.not_yours"
 
 
-def test_a_beat_for_a_shard_the_round_went_on_without_says_so(town: Town, anna: Person, ben: Person) -> None:
-    job = town.publish(round_deadline=60)
+def test_a_beat_for_a_shard_that_two_rounds_went_on_without_says_so(town: Town, anna: Person, ben: Person) -> None:
+    job = town.publish(rounds=3, round_deadline=60)
     late = anna.must_lease(job)
-    ben.work(job)
-    town.clock.forward(61)
-    town.tick()
+    for _ in range(2):
+        ben.work(job)
+        town.clock.forward(61)
+        town.tick()
 
-    assert code(beat(anna, late)) == "round.closed"
+    assert code(beat(anna, late)) == "contribution.too_late"
 
 
 def test_a_held_lease_of_an_ended_job_still_counts_and_is_paid(town: Town, anna: Person) -> None:

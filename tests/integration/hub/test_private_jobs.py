@@ -246,7 +246,7 @@ def test_what_was_accepted_is_told_as_it_was_signed(town: Town, anna: Person, be
     for row, receipt in zip(answer["contributions"], receipts, strict=True):
         assert row.keys() == {
             "lease", "round", "shard", "worker", "contribution", "signature", "losses", "seconds", "micro_tokens",
-            "delta", "reward", "receipt", "accepted",
+            "delta", "reward", "receipt", "accepted", "merged_in",
         }  # fmt: skip
         assert row["receipt"] == receipt
         assert row["contribution"]["deltaHash"] == "0x" + row["delta"]

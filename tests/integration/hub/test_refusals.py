@@ -327,20 +327,24 @@ def test_the_same_bytes_count_for_one_shard_only(case: Case) -> None:
     assert case.ben.contribute(other).status_code == 200
 
 
-def test_a_round_that_has_closed_takes_nothing_more(town: Town, anna: Person, ben: Person) -> None:
-    job = town.publish(rounds=2, round_deadline=60)
+def test_what_is_two_rounds_late_is_not_taken_any_more(town: Town, anna: Person, ben: Person) -> None:
+    job = town.publish(rounds=3, round_deadline=60)
     lease, delta = anna.must_lease(job), adapter_bytes(numbers(1))
     anna.upload(lease, delta).raise_for_status()
-    ben.work(job)
-    town.clock.forward(61)
-    town.tick()
+    for _ in range(2):
+        ben.work(job)
+        town.clock.forward(61)
+        town.tick()
     before = [town.rows(table, job=job.id) for table in (schema.rounds, schema.shards, schema.leases)]
 
-    insist(anna.hand_in(lease, anna.signed(anna.message(lease, delta))), "round.closed")
-    insist(anna.upload(lease, delta), "round.closed")
+    answer = anna.hand_in(lease, anna.signed(anna.message(lease, delta)))
+    insist(answer, "contribution.too_late")
+    assert "of round 1, and round 3 is open" in answer.json()["detail"]
+    insist(anna.upload(lease, delta), "contribution.too_late")
+    assert not [row for row in town.rows(schema.objects, job=job.id) if row["digest"] == sha256(delta)]
 
     assert [town.rows(table, job=job.id) for table in (schema.rounds, schema.shards, schema.leases)] == before
-    assert anna.work(job)["round"] == 2
+    assert anna.work(job)["round"] == 3
 
 
 def test_a_settled_job_takes_nothing_more(town: Town, anna: Person, ben: Person) -> None:

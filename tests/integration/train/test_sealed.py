@@ -100,7 +100,8 @@ def test_the_rows_of_the_blocks_are_those_of_the_open_order(
     )
     sizes = {"rounds": 2, "shards": 2, "steps": steps}
     assume(DataOrder(documents.lengths(), sequence_len=sequence_len, seed=seed).size(0) >= batch_size)
-    counts = count_all(documents, sequence_len=sequence_len, batch_size=batch_size, seed=seed, **sizes)
+    counts = count_all(documents, sequence_len=sequence_len, batch_size=batch_size, seed=seed, spares=1, **sizes)
+    merge = any_recipe.merge.model_copy(update={"spares": 0.5})
     datasets = [
         DataSet(
             source=None,
@@ -110,10 +111,13 @@ def test_the_rows_of_the_blocks_are_those_of_the_open_order(
         )
         for path, form in sources
     ]
-    recipe = any_recipe.model_copy(update={**sizes, "training": training, "datasets": datasets, "counts": counts})
+    changes = {**sizes, "training": training, "datasets": datasets, "counts": counts, "merge": merge}
+    recipe = any_recipe.model_copy(update=changes)
     order = data_order(recipe, documents)
 
-    for round, shard, text in Blocks(recipe, documents, sources, None):
+    blocks = list(Blocks(recipe, documents, sources, None))
+    assert [(round, shard) for round, shard, _ in blocks] == [(round, shard) for round in (1, 2) for shard in (0, 1, 2)]
+    for round, shard, text in blocks:
         wanted = plan_shard(documents, documents.lengths(), shard_batches(recipe, order, round, shard))
         found = read_block(text, recipe, round, shard, TOKENIZER, VOCABULARY)
         assert words(found) == words(wanted)

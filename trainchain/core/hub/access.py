@@ -13,7 +13,7 @@ from trainchain.core.hub import schema
 from trainchain.core.hub.service import Hub
 from trainchain.core.hub.store import Row
 from trainchain.core.models import ResolvedRecipe
-from trainchain.core.states import Round
+from trainchain.core.states import Job, Round
 
 
 def admit(db: Connection, job_id: str, owner: str, recipe: ResolvedRecipe) -> None:
@@ -58,15 +58,15 @@ def may_read(hub: Hub, wallet: str, digest: str) -> bool:
     hub's own evaluator) that was ever leased a part of it.
 
     Held-out data is for the owner and the hub's evaluating child alone: who trains must not see what it is judged by.
-    Nor is a delta for others than its worker before its round is merged: it could be copied.
+    Nor is a delta for others than its worker before it is merged, or the job settled: it could be copied.
     """
-    objects, jobs, leases, rounds = schema.objects, schema.jobs, schema.leases, schema.rounds
+    objects, jobs, leases = schema.objects, schema.jobs, schema.leases
     leased = select(leases.c.id).where(leases.c.job == objects.c.job, leases.c.worker == wallet).exists()
+    over = jobs.c.state.in_([Job.SETTLED, Job.CLOSED])
     unmerged = (
         select(leases.c.id)
-        .join(rounds, and_(rounds.c.job == leases.c.job, rounds.c.round == leases.c.round))
-        .where(leases.c.id == objects.c.lease, leases.c.worker != wallet, rounds.c.state != Round.MERGED)
-        .correlate(objects)
+        .where(leases.c.id == objects.c.lease, leases.c.worker != wallet, ~over, ~_is_merged())
+        .correlate(objects, jobs)
         .exists()
     )
     admitted: Any = True if wallet in hub.evaluators else admits(wallet)
@@ -81,6 +81,15 @@ def may_read(hub: Hub, wallet: str, digest: str) -> bool:
     return any(
         job["owner"] == wallet or wallet in hub.evaluators or not hub.recipe(job).only_held_out(digest) for job in rows
     )
+
+
+def _is_merged() -> ColumnElement[bool]:
+    """Whether the object in a row of `objects` is a delta that a merge has taken in."""
+    contributions, rounds = schema.contributions, schema.rounds
+    place = and_(rounds.c.job == contributions.c.job, rounds.c.round == contributions.c.merged_in)
+    given = and_(contributions.c.job == schema.objects.c.job, contributions.c.delta == schema.objects.c.digest)
+    found = select(contributions.c.lease).join(rounds, place).where(given, rounds.c.state == Round.MERGED)
+    return found.correlate(schema.objects).exists()
 
 
 def is_public(hub: Hub, digest: str) -> bool:

@@ -1,18 +1,22 @@
 """Settling: cumulative amounts of all merged rounds go on chain as a Merkle root. Safe to repeat.
 
+What came late is settled with the round that took it in, so that a settled round's amounts never change.
+
 The chain is asked outside any transaction; what it did is found again by (job, round, root).
 """
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import func, insert, select, update
 
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import jobs, keys, schema
+from trainchain.core.hub.contributions import drop_unnamed, publish_rest
 from trainchain.core.hub.service import Hub, attempt
 from trainchain.core.hub.store import Row, move, one, record
-from trainchain.core.states import Job, Lease, Round
+from trainchain.core.states import ENDED, Job, Lease, Round
 
-ENDED = (Job.FINISHED, Job.EXPIRED, Job.CANCELLED)
-SETTLING = (Job.OPEN, Job.RUNNING, Job.UNFUNDED, *ENDED, Job.SETTLED)
+_COUNTED = func.coalesce(schema.contributions.c.merged_in, schema.contributions.c.round)
+"""The round whose settlement pays a contribution."""
+SETTLING = frozenset(Job) - {Job.CLOSED}
 
 
 def tick(hub: Hub) -> bool:
@@ -31,9 +35,9 @@ def tick(hub: Hub) -> bool:
 
 
 def amounts(hub: Hub, job_id: str, through: int) -> dict[str, int]:
-    """What each wallet has earned in rounds 1 to `through`: token units, cumulative."""
+    """What each wallet has earned that counts in rounds 1 to `through`: token units, cumulative."""
     query = select(schema.contributions.c.worker, schema.contributions.c.reward).where(
-        schema.contributions.c.job == job_id, schema.contributions.c.round <= through
+        schema.contributions.c.job == job_id, _COUNTED.between(1, through)
     )
     totals: dict[str, int] = {}
     with hub.store.read() as db:
@@ -42,28 +46,23 @@ def amounts(hub: Hub, job_id: str, through: int) -> dict[str, int]:
     return {worker: total for worker, total in totals.items() if total > 0}
 
 
-def _due(hub: Hub, job: Row) -> int | None:
-    """The round through which the job may be settled now, or None."""
-    rounds, leases = schema.rounds, schema.leases
+def _due(hub: Hub, job: Row) -> tuple[int, bool]:
+    """The round through which the job may be settled now, and whether that is all: it has ended, and nothing that is
+    held can add to it. Until then its last round waits, since late work of that counts in no other."""
+    contributions, rounds, leases = schema.contributions, schema.rounds, schema.leases
+    held = select(leases.c.id).where(leases.c.job == job["id"], leases.c.state == Lease.HELD, leases.c.kind == "train")
+    merged = select(func.max(rounds.c.round)).where(rounds.c.job == job["id"], rounds.c.state == Round.MERGED)
+    counted = select(func.max(_COUNTED)).where(contributions.c.job == job["id"])
     with hub.store.read() as db:
-        merged = db.execute(
-            select(rounds.c.round)
-            .where(rounds.c.job == job["id"], rounds.c.state == Round.MERGED)
-            .order_by(rounds.c.round.desc())
-            .limit(1)
-        ).scalar()
-        if job["state"] in (Job.EXPIRED, Job.CANCELLED):
-            held = select(leases.c.id).where(leases.c.job == job["id"], leases.c.state == Lease.HELD)
-            return None if db.execute(held.limit(1)).first() else int(job["round"])
-    return int(merged) if merged is not None else None
+        if job["state"] in ENDED and db.execute(held.limit(1)).first() is None:
+            return max(job["round"], db.execute(counted).scalar() or 0), True
+        return min(db.execute(merged).scalar() or 0, hub.recipe(job).rounds - 1), False
 
 
 def _settle(hub: Hub, job: Row) -> bool:
     if job["state"] == Job.SETTLED:
         return _close(hub, job)
-    through = _due(hub, job)
-    if through is None:
-        return False
+    through, final = _due(hub, job)
     owed = amounts(hub, job["id"], through)
     if through > job["settled_round"] and owed and not _halted(hub, job):
         settled = hub.chain.settle(job["id"], through, owed)
@@ -94,11 +93,20 @@ def _settle(hub: Hub, job: Row) -> bool:
                 )
             db.execute(update(schema.jobs).where(schema.jobs.c.id == job["id"]).values(settled_round=through))
         return True
-    if job["state"] in ENDED:
-        with hub.store.write() as db:
-            fresh = one(db, schema.jobs, id=job["id"])
-            return fresh is not None and move(db, schema.jobs, fresh, Job.SETTLED, now=hub.clock())
-    return False
+    return final and _settled(hub, job)
+
+
+def _settled(hub: Hub, job: Row) -> bool:
+    """All that is owed stands on chain: nothing is accepted any more, and what no merge took in is opened."""
+    now, recipe = hub.clock(), hub.recipe(job)
+    with hub.store.write() as db:
+        fresh = one(db, schema.jobs, id=job["id"])
+        if fresh is None or not move(db, schema.jobs, fresh, Job.SETTLED, now=now):
+            return False
+        loose = publish_rest(db, job["id"], public=not recipe.private, now=now)
+    for refused in loose:
+        drop_unnamed(hub, refused)
+    return True
 
 
 def _close(hub: Hub, job: Row) -> bool:

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
-from sqlalchemy import Connection, Select, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Select, delete, insert, select, true, update
 
 from trainchain.core import checks
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import schema
-from trainchain.core.hub.leases import mine
+from trainchain.core.hub.leases import insist_in_time, mine
 from trainchain.core.hub.service import Hub
 from trainchain.core.hub.store import Row, move, one
 from trainchain.core.models import MAX_ANSWER, Model, SignedContribution
 from trainchain.core.objects import Spool
 from trainchain.core.rewards import shard_reward
-from trainchain.core.states import Evaluation, Job, Lease, Round, Shard
+from trainchain.core.states import ENDED, UNDONE, Evaluation, Lease, Round, Shard
 
 
 class EvaluationReport(Model):
@@ -63,7 +63,7 @@ def contribute(hub: Hub, worker: str, lease_id: str, signed: SignedContribution)
     """Judge a contribution and, where it holds, accept it and answer with the hub's signed receipt.
 
     The first valid contribution by anyone who held a lease on the shard in its round counts, even if that lease
-    has run out since.
+    has run out since, and even if the round has closed and the next one has not.
     """
     lease = mine(hub, worker, lease_id)
     job = hub.job(lease["job"])
@@ -133,14 +133,19 @@ def _accept(hub: Hub, lease: Row, delta: str, signed: SignedContribution, reward
         round_ = one(db, schema.rounds, job=lease["job"], round=lease["round"])
         current = one(db, schema.leases, id=lease["id"])
         job = one(db, schema.jobs, id=lease["job"])
-        if shard is None or round_ is None or current is None or job is None or round_["state"] != Round.OPEN:
-            raise TrainChainError("round.closed", f"Round {lease['round']} has closed.")
+        assert shard is not None
+        assert round_ is not None
+        assert current is not None
+        assert job is not None
+        insist_in_time(db, job, current, shard)
         _not_over(job, current)
-        if shard["state"] not in (Shard.OPEN, Shard.LEASED) or current["state"] == Lease.DONE:
+        if shard["state"] not in UNDONE or current["state"] == Lease.DONE:
             raise TrainChainError("shard.already_accepted", f"Shard {lease['shard']} is already accepted.")
         if one(db, schema.contributions, job=lease["job"], delta=delta) is not None:
             raise TrainChainError("contribution.repeat", "The same bytes were already accepted for another shard.")
-        data = {"worker": lease["worker"], "reward": str(reward)}
+        late = round_["state"] != Round.OPEN
+        merged_in = lease["round"] + late if lease["round"] + late <= hub.recipe(job).rounds else None
+        data = {"worker": lease["worker"], "reward": str(reward), "merged_in": merged_in}
         move(db, schema.shards, shard, Shard.CONTRIBUTED, now=now, data={"delta": delta})
         contributed = one(db, schema.shards, job=lease["job"], round=lease["round"], shard=lease["shard"])
         assert contributed is not None
@@ -158,25 +163,47 @@ def _accept(hub: Hub, lease: Row, delta: str, signed: SignedContribution, reward
                 reward=reward,
                 receipt=receipt,
                 accepted=now,
+                merged_in=merged_in,
             )
         )
 
 
 def publish_round(db: Connection, job_id: str, round_: int, *, public: bool) -> list[str]:
-    """Open a merged round's accepted deltas to everybody who wants to recompute the merge, and forget its refused
-    ones; returns the digests of those. Before the merge a delta is nobody's but its worker's: it could be copied.
+    """Open the deltas that a round's merge took in to everybody who wants to recompute it, and forget those that
+    nothing can take in any more; returns the digests of these. Before the merge a delta is nobody's but its worker's:
+    it could be copied.
 
     Of a private job they open to its owner and its workers alone, who alone can then recompute the merge.
     """
-    accepted_here = select(schema.contributions.c.delta).where(
-        schema.contributions.c.job == job_id, schema.contributions.c.round == round_
-    )
-    objects, leases = schema.objects, schema.leases
+    taken = schema.contributions.c.merged_in == round_
     if public:
-        accepted_objects = update(objects).where(objects.c.job == job_id, objects.c.digest.in_(accepted_here))
-        db.execute(accepted_objects.values(public=True))
-    of_round = select(leases.c.id).where(leases.c.job == job_id, leases.c.round == round_)
-    loose = db.execute(_loose(job_id).where(objects.c.lease.in_(of_round))).mappings().all()
+        _open(db, job_id, select(schema.contributions.c.delta).where(schema.contributions.c.job == job_id, taken))
+    return _forget_loose(db, job_id, schema.leases.c.round >= round_ - 1)
+
+
+def publish_rest(db: Connection, job_id: str, *, public: bool, now: float) -> list[str]:
+    """As `publish_round`, for what no merge took in, once the job is settled and takes no more."""
+    if public:
+        _open(db, job_id, select(schema.contributions.c.delta).where(schema.contributions.c.job == job_id))
+    shards = schema.shards
+    undone = db.execute(select(shards).where(shards.c.job == job_id, shards.c.state.in_(UNDONE))).mappings()
+    for shard in undone.all():
+        move(db, shards, shard, Shard.ABANDONED, now=now)
+    return _forget_loose(db, job_id, true())
+
+
+def _open(db: Connection, job_id: str, deltas: Select[Any]) -> None:
+    objects = schema.objects
+    db.execute(update(objects).where(objects.c.job == job_id, objects.c.digest.in_(deltas)).values(public=True))
+
+
+def _forget_loose(db: Connection, job_id: str, which: ColumnElement[bool]) -> list[str]:
+    """Forget the uploads that were not accepted and cannot be any more, of these leases."""
+    leases, shards = schema.leases, schema.shards
+    here = (shards.c.job == leases.c.job) & (shards.c.round == leases.c.round) & (shards.c.shard == leases.c.shard)
+    over = shards.c.state.in_([Shard.ACCEPTED, Shard.ABANDONED])
+    found = select(leases.c.id).join(shards, here).where(leases.c.job == job_id, over, which)
+    loose = db.execute(_loose(job_id).where(schema.objects.c.lease.in_(found))).mappings().all()
     _forget(db, loose)
     return [row["digest"] for row in loose]
 
@@ -220,17 +247,21 @@ def _not_seen(hub: Hub, lease: Row, delta: str) -> None:
 
 
 def _still_wanted(hub: Hub, lease: Row) -> Row:
+    """The lease's round, where its work may still come. Raises `contribution.too_late`, `job.closed`."""
+    job = hub.job(lease["job"])
     with hub.store.read() as db:
         round_ = one(db, schema.rounds, job=lease["job"], round=lease["round"])
-    if round_ is None or round_["state"] != Round.OPEN:
-        raise TrainChainError("round.closed", f"Round {lease['round']} has closed; its contributions are merged.")
-    _not_over(hub.job(lease["job"]), lease)
+        shard = one(db, schema.shards, job=lease["job"], round=lease["round"], shard=lease["shard"])
+        assert round_ is not None
+        assert shard is not None
+        insist_in_time(db, job, lease, shard)
+    _not_over(job, lease)
     return round_
 
 
 def _not_over(job: Row, lease: Row) -> None:
     """A job that has ended takes work under held leases only: its last settlement waits for those and no others."""
-    if job["state"] != Job.RUNNING and lease["state"] != Lease.HELD:
+    if job["state"] in ENDED and lease["state"] != Lease.HELD:
         raise TrainChainError("job.closed", f"Job {job['id']} has ended, and the lease {lease['id']} ran out.")
 
 
@@ -243,22 +274,20 @@ def evaluated(hub: Hub, worker: str, lease_id: str, report: EvaluationReport) ->
     if (report.loss is None) != (recipe.held_out is None) or len(report.samples) != len(recipe.samples):
         raise TrainChainError("http.bad_request", "The report does not answer what the recipe asks for.")
     with hub.store.write() as db:
-        row = one(db, schema.evaluations, job=lease["job"], round=lease["round"])
+        row = one(db, schema.evaluations, job=lease["job"], lease=lease_id)
         current = one(db, schema.leases, id=lease_id)
-        assert row is not None
         assert current is not None
-        if row["state"] == Evaluation.LEASED and row["lease"] == lease_id:
-            data, found = {"loss": report.loss}, report.model_dump()
-            move(db, schema.evaluations, row, Evaluation.DONE, now=hub.clock(), data=data, **found)
-            move(db, schema.leases, current, Lease.DONE, now=hub.clock())
+        if row is not None and row["state"] == Evaluation.LEASED:
+            now, data, found = hub.clock(), {"loss": report.loss}, report.model_dump()
+            move(db, schema.evaluations, row, Evaluation.DONE, now=now, data=data, at=now, **found)
+            move(db, schema.leases, current, Lease.DONE, now=now)
     hub.bell.ring()
     return {"loss": report.loss}
 
 
-def accepted(hub: Hub, job_id: str, round_: int | None = None) -> list[Row]:
-    """Accepted contributions of a job (or of one of its rounds), in the order of their digests."""
+def merged_in(hub: Hub, job_id: str, round_: int) -> list[Row]:
+    """The accepted contributions that the merge of a round takes in, in the order of their digests."""
     query = select(schema.contributions).where(schema.contributions.c.job == job_id)
-    if round_ is not None:
-        query = query.where(schema.contributions.c.round == round_)
+    query = query.where(schema.contributions.c.merged_in == round_)
     with hub.store.read() as db:
         return list(db.execute(query.order_by(schema.contributions.c.delta)).mappings())

@@ -15,8 +15,8 @@ from trainchain.core.models import Digest, Hash32, Model, ResolvedRecipe
 from trainchain.core.money import show
 from trainchain.core.objects import Spool
 from trainchain.core.recipe import MAX_STEPS
-from trainchain.core.rewards import job_price, round_cap, round_price
-from trainchain.core.states import Job
+from trainchain.core.rewards import job_price, round_cap, round_price, shard_reward
+from trainchain.core.states import UNDONE, Job
 
 MAX_FILES = 1000
 MAX_BLOCKS = 100_000
@@ -98,12 +98,16 @@ def _name_objects(
 
 def _check(recipe: ResolvedRecipe) -> None:
     """What the types cannot say of a resolved recipe. Raises `job.invalid`, `money.budget_too_small`."""
-    if len(recipe.counts) != recipe.rounds or any(len(row) != recipe.shards for row in recipe.counts):
-        raise TrainChainError("job.invalid", "The counts do not fit rounds x shards.")
+    if len(recipe.counts) != recipe.rounds or any(len(row) != recipe.all_shards for row in recipe.counts):
+        raise TrainChainError("job.invalid", "The counts do not fit rounds x shards (with the spare ones).")
     _check_files(recipe)
     _check_access(recipe)
     if recipe.steps > MAX_STEPS:
         raise TrainChainError("job.invalid", f"A shard has at most {MAX_STEPS} steps.")
+    if recipe.merge.leave_one_out is not None and recipe.held_out is None:
+        raise TrainChainError(
+            "job.invalid", "`merge.leave_one_out` goes by the held-out loss, and there is no held-out data."
+        )
     if not 0 < recipe.quorum <= 1 or not 0 < recipe.training.learning_rate <= 1:
         raise TrainChainError("job.invalid", "Quorum and learning rate lie between 0 and 1.")
     if (price := job_price(recipe)) > recipe.pay.budget:
@@ -149,9 +153,9 @@ def _check_access(recipe: ResolvedRecipe) -> None:
     elif sealed is None:
         if any(entry.file is None for entry in data):
             wrong = "A data set has no file, and the job is not sealed."
-    elif len(sealed.blocks) != recipe.rounds or any(len(row) != recipe.shards for row in sealed.blocks):
-        wrong = "The sealed blocks do not fit rounds x shards."
-    elif recipe.rounds * recipe.shards > MAX_BLOCKS:
+    elif len(sealed.blocks) != recipe.rounds or any(len(row) != recipe.all_shards for row in sealed.blocks):
+        wrong = "The sealed blocks do not fit rounds x shards (with the spare ones)."
+    elif recipe.rounds * recipe.all_shards > MAX_BLOCKS:
         wrong = f"A sealed job has at most {MAX_BLOCKS} blocks."
     elif any(entry.file is not None for entry in data):
         wrong = "A sealed job names the file of a data set."
@@ -208,7 +212,7 @@ def fund(hub: Hub, job_id: str) -> dict[str, Any]:
         raise TrainChainError("job.unfunded", f"The escrow has no job {job_id}.", hint="Create and fund it first.")
     recipe = hub.recipe(job)
     _check_escrow(hub, job, escrow, recipe)
-    spent = owed(hub, job_id)
+    spent = owed(hub, job_id, expected=True)
     following = min(job["round"] + 1, recipe.rounds)
     with hub.store.write() as db:
         fields = {"funded": escrow.funded, "deadline": float(escrow.deadline), "grace": float(escrow.grace)}
@@ -266,13 +270,17 @@ def _insist_owner(hub: Hub, wallet: str, job_id: str) -> None:
         raise TrainChainError("session.forbidden", "Only the job's owner may do that.")
 
 
-def owed(hub: Hub, job_id: str) -> int:
-    """Token units that accepted contributions have earned so far."""
-    with hub.store.read() as db:
-        rewards = db.execute(
-            select(schema.contributions.c.reward).where(schema.contributions.c.job == job_id)
-        ).scalars()
-        return sum(rewards)
+def owed(hub: Hub, job_id: str, *, expected: bool = False) -> int:
+    """Token units that accepted contributions have earned so far; with those `expected` of what is still out."""
+    shards = schema.shards
+    earned = select(schema.contributions.c.reward).where(schema.contributions.c.job == job_id)
+    out = select(shards.c.round, shards.c.shard).where(shards.c.job == job_id, shards.c.state.in_(UNDONE))
+    with hub.store.read() as db:  # one snapshot: what comes in meanwhile is counted once
+        total: int = sum(db.execute(earned).scalars())
+        if expected:
+            job = db.execute(select(schema.jobs).where(schema.jobs.c.id == job_id)).mappings().one()
+            total += sum(shard_reward(hub.recipe(job), round_, shard) for round_, shard in db.execute(out))
+        return total
 
 
 def find(hub: Hub, name: str) -> str:

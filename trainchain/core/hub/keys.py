@@ -72,7 +72,8 @@ def release(hub: Hub, worker: str, lease_id: str, request: KeyRequest) -> dict[s
     """The keys that a held lease needs, each wrapped for the worker's exchange key, this lease and its file.
 
     Raises `lease.unknown`, `lease.not_yours`, `access.denied`, `object.unexpected` where the job is not sealed,
-    `shard.already_accepted`, `round.closed`, `job.closed`, `lease.lost` where it is not held any more, `key.invalid`.
+    `shard.already_accepted`, `contribution.too_late`, `job.closed`, `lease.lost` where it is not held any more,
+    `key.invalid`.
     """
     now = hub.clock()
     with hub.store.read() as db:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
-from sqlalchemy import Connection, Select, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Select, func, insert, or_, select, tuple_, update
 
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import access, schema
@@ -65,7 +65,7 @@ def _open_shards(worker: str, job_id: str | None, skip: Sequence[str], now: floa
         .join(rounds, (rounds.c.job == shards.c.job) & (rounds.c.round == shards.c.round))
         .join(jobs, jobs.c.id == shards.c.job)
         .where(jobs.c.state == Job.RUNNING, jobs.c.deadline > now)
-        .where(rounds.c.state == Round.OPEN, shards.c.state == Shard.OPEN)
+        .where(rounds.c.state == Round.OPEN, shards.c.state == Shard.OPEN, or_(~shards.c.spare, _in_the_tail()))
         .where(access.admits(worker), jobs.c.id.not_in(skip))
         .order_by(rounds.c.opened, shards.c.shard)
         .limit(CHOICES)
@@ -73,10 +73,27 @@ def _open_shards(worker: str, job_id: str | None, skip: Sequence[str], now: floa
     return query if job_id is None else query.where(jobs.c.id == job_id)
 
 
+def _in_the_tail() -> ColumnElement[bool]:
+    """Whether the round of a row of `shards` has nothing left to lend but its spares, and fewer of these are lent or
+    in than shards are still out: each takes the place of one that somebody is slow with."""
+    other, rounds = schema.shards.alias(), schema.rounds
+    left = func.count().filter(~other.c.spare, other.c.state == Shard.OPEN)
+    out = func.count().filter(~other.c.spare, other.c.state == Shard.LEASED)
+    used = func.count().filter(other.c.spare, other.c.state != Shard.OPEN)
+    tails = (
+        select(other.c.job, other.c.round)
+        .join(rounds, (rounds.c.job == other.c.job) & (rounds.c.round == other.c.round))
+        .where(rounds.c.state == Round.OPEN)
+        .group_by(other.c.job, other.c.round)
+        .having(left == 0, used < out)
+    )
+    return tuple_(schema.shards.c.job, schema.shards.c.round).in_(tails)
+
+
 def _open_evaluations(skip: Sequence[str]) -> Select[Any]:
     evaluations = schema.evaluations
     query = select(evaluations).where(evaluations.c.state == Evaluation.OPEN, evaluations.c.job.not_in(skip))
-    return query.limit(CHOICES)
+    return query.order_by(evaluations.c.at, evaluations.c.candidate).limit(CHOICES)
 
 
 def _take_shard(hub: Hub, db: Connection, query: Select[Any], worker: str, now: float) -> dict[str, Any] | None:
@@ -160,8 +177,8 @@ def _release(db: Connection, lease: Row, now: float) -> None:
     if not move(db, schema.leases, lease, Lease.EXPIRED, now=now, data={"worker": lease["worker"]}):
         return
     if lease["kind"] == "evaluate":
-        row = one(db, schema.evaluations, job=lease["job"], round=lease["round"])
-        if row is not None and row["state"] == Evaluation.LEASED and row["lease"] == lease["id"]:
+        row = one(db, schema.evaluations, job=lease["job"], lease=lease["id"])
+        if row is not None and row["state"] == Evaluation.LEASED:
             move(db, schema.evaluations, row, Evaluation.OPEN, now=now, lease=None)
         return
     shard = one(db, schema.shards, job=lease["job"], round=lease["round"], shard=lease["shard"])
@@ -187,13 +204,16 @@ def mine_in(hub: Hub, db: Connection, worker: str, lease_id: str) -> Row:
 
 
 def beat(hub: Hub, worker: str, lease_id: str, progress: Progress) -> dict[str, Any]:
-    """Keep a lease alive. Raises `shard.already_accepted`, `round.closed` or `job.closed` where its work is no longer
-    wanted, `lease.lost` where it ran out or was held for longer than a round may last."""
+    """Keep a lease alive. Raises `shard.already_accepted`, `contribution.too_late` or `job.closed` where its work is no
+    longer wanted, `lease.lost` where it ran out or was held for longer than a round may last, or two once its own has
+    closed."""
     lease = mine(hub, worker, lease_id)
     now = hub.clock()
     longest = hub.recipe(hub.job(lease["job"])).round_deadline
     with hub.store.write() as db:
         say_if_over(db, lease_id, now)
+        round_ = one(db, schema.rounds, job=lease["job"], round=lease["round"])
+        longest *= 1 if round_ is None or round_["state"] == Round.OPEN else 2
         kept = db.execute(
             update(schema.leases)
             .where(
@@ -210,22 +230,36 @@ def beat(hub: Hub, worker: str, lease_id: str, progress: Progress) -> dict[str, 
 
 
 def say_if_over(db: Connection, lease_id: str, now: float) -> None:
-    """A lease may be worked on, even one that ran out, unless its shard, its round or its job is over.
+    """A lease may be worked on, even one that ran out, unless its shard or its job is over, or the next round too.
 
     Half of the grace time is left for the last settlement: nobody holds it up by beating on.
     """
     lease = one(db, schema.leases, id=lease_id)
     if lease is None or lease["kind"] != "train":
         return
-    round_ = one(db, schema.rounds, job=lease["job"], round=lease["round"])
     shard = one(db, schema.shards, job=lease["job"], round=lease["round"], shard=lease["shard"])
-    if shard is not None and shard["state"] == Shard.ACCEPTED:
-        raise TrainChainError("shard.already_accepted", f"Shard {lease['shard']} was accepted from another worker.")
-    if round_ is not None and round_["state"] != Round.OPEN:
-        raise TrainChainError("round.closed", f"Round {lease['round']} has closed.")
     job = one(db, schema.jobs, id=lease["job"])
-    if job is not None and job["state"] != Job.RUNNING and now > job["deadline"] + job["grace"] / 2:
+    assert shard is not None
+    assert job is not None
+    if shard["state"] == Shard.ACCEPTED:
+        raise TrainChainError("shard.already_accepted", f"Shard {lease['shard']} was accepted from another worker.")
+    insist_in_time(db, job, lease, shard)
+    if job["state"] != Job.RUNNING and now > job["deadline"] + job["grace"] / 2:
         raise TrainChainError("job.closed", f"Job {job['id']} has ended.")
+
+
+def insist_in_time(db: Connection, job: Row, lease: Row, shard: Row) -> None:
+    """Work may come while its round is open, and one round late. Raises `contribution.too_late`, `job.closed`."""
+    if shard["state"] != Shard.ABANDONED:
+        return
+    if job["state"] in (Job.SETTLED, Job.CLOSED):
+        raise TrainChainError("job.closed", f"Job {job['id']} has ended and is settled.")
+    open_ = one(db, schema.rounds, job=job["id"], round=job["round"])
+    raise TrainChainError(
+        "contribution.too_late",
+        f"This lease is of round {lease['round']}, and round {job['round']} is {open_ and open_['state']}: "
+        "work is taken one round late at most.",
+    )
 
 
 def give_back(hub: Hub, worker: str, lease_id: str) -> None:

@@ -4,23 +4,28 @@ Work is loaded, done outside any transaction, and applied only if the row is sti
 """
 
 import time
+from collections.abc import Collection, Mapping, Sequence
 
 from sqlalchemy import Connection, insert, select, update
 
 from trainchain.core.adapter import Adapter, adapter_bytes, read_adapter
 from trainchain.core.checks import read_delta
-from trainchain.core.hub import jobs, schema
-from trainchain.core.hub.contributions import accepted, drop_unnamed, publish_round
+from trainchain.core.hub import jobs, judging, schema
+from trainchain.core.hub.contributions import drop_unnamed, merged_in, publish_round
+from trainchain.core.hub.judging import Candidate
 from trainchain.core.hub.leases import sweep
 from trainchain.core.hub.service import Hub, attempt
 from trainchain.core.hub.store import Row, move, one
 from trainchain.core.merge.moments import Adam
-from trainchain.core.merge.updates import Merged, Update, merge, outer_step
+from trainchain.core.merge.robust import COPY, Share
+from trainchain.core.merge.updates import Merged, Update, judge, merge, outer_step
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.rewards import round_price
-from trainchain.core.states import Evaluation, Job, Round, Shard
+from trainchain.core.states import UNDONE, Evaluation, Job, Round, Shard
 
 LIVE = (Job.OPEN, Job.RUNNING)
+LATE_WEIGHT = 0.5
+"""What a contribution counts in the merge of the round after its own, of the weight it would have had in that."""
 
 
 def live_jobs(hub: Hub) -> list[Row]:
@@ -71,14 +76,14 @@ def _open_round(hub: Hub, job: Row, recipe: ResolvedRecipe, start: str) -> bool:
     if escrow is None or escrow.halted or escrow.deadline <= now:
         with hub.store.write() as db:
             return move(db, schema.jobs, job, Job.EXPIRED, now=now, data={"why": "the escrow takes no more work"})
-    covered = escrow.funded - jobs.owed(hub, job["id"]) >= round_price(recipe, number)
+    covered = escrow.funded - jobs.owed(hub, job["id"], expected=True) >= round_price(recipe, number)
     with hub.store.write() as db:
         if not covered:
             return move(db, schema.jobs, job, Job.UNFUNDED, now=now, data={"round": number})
         if job["state"] == Job.OPEN:
             if not move(db, schema.jobs, job, Job.RUNNING, now=now, round=number):
                 return False
-            _ask_for_measures(db, job["id"], recipe, 0, start)
+            _ask_for_measures(db, job["id"], recipe, 0, start, now)
         else:
             taken = db.execute(
                 update(schema.jobs)
@@ -100,49 +105,93 @@ def _open_round(hub: Hub, job: Row, recipe: ResolvedRecipe, start: str) -> bool:
         db.execute(
             insert(schema.shards),
             [
-                {"job": job["id"], "round": number, "shard": shard, "state": str(Shard.OPEN)}
-                for shard in range(recipe.shards)
+                {
+                    "job": job["id"],
+                    "round": number,
+                    "shard": shard,
+                    "state": str(Shard.OPEN),
+                    "spare": shard >= recipe.shards,
+                }
+                for shard in range(recipe.all_shards)
             ],
         )
     return True
 
 
-def _ask_for_measures(db: Connection, job_id: str, recipe: ResolvedRecipe, round_: int, adapter: str) -> None:
+def _ask_for_measures(
+    db: Connection, job_id: str, recipe: ResolvedRecipe, round_: int, adapter: str, now: float
+) -> None:
     """Have an adapter measured, if the recipe has held-out data to measure on or prompts to answer."""
     if recipe.held_out or recipe.samples:
-        values = {"job": job_id, "round": round_, "state": str(Evaluation.OPEN), "adapter": adapter}
+        values = {"job": job_id, "round": round_, "state": str(Evaluation.OPEN), "adapter": adapter, "at": now}
         db.execute(insert(schema.evaluations).values(**values))
 
 
 def _close(hub: Hub, recipe: ResolvedRecipe, round_: Row, now: float) -> bool:
-    """Close a round when every shard is in, or at its deadline with a quorum of them."""
-    here = (schema.shards.c.job == round_["job"], schema.shards.c.round == round_["round"])
+    """Close a round when as many shards are in as it has beside its spares, or at its deadline with a quorum of them.
+
+    What is still being trained may come one round late: the work of the round before may not any more.
+    """
+    table = schema.shards
+    lately = table.c.round.in_([round_["round"] - 1, round_["round"]])
     with hub.store.write() as db:
-        shards = db.execute(select(schema.shards).where(*here)).mappings().all()
-        done = sum(shard["state"] == Shard.ACCEPTED for shard in shards)
+        shards = db.execute(select(table).where(table.c.job == round_["job"], lately)).mappings().all()
+        done = sum(shard["state"] == Shard.ACCEPTED for shard in shards if shard["round"] == round_["round"])
         enough = done >= recipe.quorum * recipe.shards and done > 0
         if done < recipe.shards and not (now > round_["deadline"] and enough):
             return False
         if not move(db, schema.rounds, round_, Round.MERGING, now=now, closed=now):
             return False
         for shard in shards:
-            if shard["state"] in (Shard.OPEN, Shard.LEASED):
+            was_lent = shard["version"] > 0  # so somebody may come with it
+            if shard["state"] in UNDONE and not (was_lent and shard["round"] == round_["round"]):
                 move(db, schema.shards, shard, Shard.ABANDONED, now=now)
     return True
 
 
-def merge_round(hub: Hub, job: Row, round_: Row) -> Merged:
-    """The merged adapter of a round, from its accepted contributions: a pure function of objects that everybody may
-    read once the round is merged. Of a private job only the owner and its workers may, so nobody else can recompute
-    its merges."""
-    recipe, training, shapes = hub.recipe(job), hub.recipe(job).training, hub.shapes(job)
-    updates = []
-    for row in accepted(hub, job["id"], round_["round"]):
-        found = read_delta(hub.objects.get(row["delta"]), recipe, shapes, row["round"])
-        updates.append(Update(row["delta"], recipe.counts[row["round"] - 1][row["shard"]].tokens, *found))
+def merge_round(hub: Hub, job: Row, round_: Row, left_out: Collection[str] = ()) -> Merged:
+    """The merged adapter of a round, from the contributions that it takes in, but those `left_out`: a pure function of
+    objects that everybody may read once the round is merged. Of a private job only the owner and its workers may, so
+    nobody else can recompute its merges."""
+    recipe, training = hub.recipe(job), hub.recipe(job).training
+    rows = merged_in(hub, job["id"], round_["round"])
+    judged = _judged_before(hub, job, recipe, round_, rows)
+    updates = [
+        _update(hub, job, recipe, row)._replace(share=judged.get(row["delta"]))
+        for row in rows
+        if row["delta"] not in left_out
+    ]
     before = _start_before(hub, round_) if recipe.merge.outer_momentum else None
     adam = Adam(training.adam_beta1, training.adam_beta2, round_["round"] * recipe.steps)
     return merge(recipe.merge, read_adapter(hub.objects.get(round_["start"])), updates, before=before, adam=adam)
+
+
+def _judged_before(hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row, rows: Sequence[Row]) -> dict[str, Share]:
+    """What the rule makes of what came late, by digest: among the contributions of its own round, from that round's
+    start. Beside those of this round it would always be the odd one. A copy that comes late counts for nothing."""
+    late = {row["delta"] for row in rows if row["round"] != round_["round"]}
+    start = _start_before(hub, round_) if late else None
+    if start is None:
+        return {}
+    contributions = schema.contributions
+    query = select(contributions).where(contributions.c.job == job["id"], contributions.c.round == round_["round"] - 1)
+    with hub.store.read() as db:
+        fellows = list(db.execute(query.order_by(contributions.c.delta)).mappings())
+    found = judge(recipe.merge, start, [_update(hub, job, recipe, row) for row in fellows])
+    return {
+        digest: share._replace(weight=0.0) if share.why == COPY else share
+        for digest, share in found.items()
+        if digest in late
+    }
+
+
+def _update(hub: Hub, job: Row, recipe: ResolvedRecipe, row: Row) -> Update:
+    """What a contribution brings to the merge that takes it in: one that came late was trained from the round
+    before's start, and its delta is added to this round's."""
+    tokens = recipe.counts[row["round"] - 1][row["shard"]].tokens
+    weight = tokens if row["merged_in"] == row["round"] else tokens * LATE_WEIGHT
+    found = read_delta(hub.objects.get(row["delta"]), recipe, hub.shapes(job), row["round"])
+    return Update(row["delta"], weight, *found)
 
 
 def _start_before(hub: Hub, round_: Row) -> Adapter | None:
@@ -153,41 +202,56 @@ def _start_before(hub: Hub, round_: Row) -> Adapter | None:
 
 
 def _merge(hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row) -> bool:
+    """Merge a round; where the recipe wants it judged, have candidates measured until one is chosen."""
+    if recipe.merge.leave_one_out is None:
+        return _merged(hub, job, recipe, round_, _candidate(hub, job, round_), {})
+    verdict = judging.look(hub, recipe, round_)
+    if verdict.chosen is not None:
+        candidate, loss = verdict.chosen
+        data = {"judged": verdict.why, "loss": loss, "left_out": list(candidate.left_out)}
+        return _merged(hub, job, recipe, round_, candidate, data)
+    wanted = verdict.wanted
+    if len(wanted) > judging.MOST_TRIED:
+        updates = [_update(hub, job, recipe, row) for row in merged_in(hub, job["id"], round_["round"])]
+        wanted = judging.oddest(read_adapter(hub.objects.get(round_["start"])), updates, wanted)
+    made = [_candidate(hub, job, round_, left_out) for left_out in wanted]
+    return bool(made) and judging.ask(hub, round_, made)
+
+
+def _candidate(hub: Hub, job: Row, round_: Row, left_out: tuple[str, ...] = ()) -> Candidate:
+    """What the round is merged to without some contributions; its bytes are kept."""
     began = time.perf_counter()
-    merged = merge_round(hub, job, round_)
-    step = outer_step(recipe.merge, read_adapter(hub.objects.get(round_["start"])), merged)
+    merged = merge_round(hub, job, round_, left_out)
+    step = outer_step(hub.recipe(job).merge, read_adapter(hub.objects.get(round_["start"])), merged)
     data = adapter_bytes(step.adapter)
-    digest, step_digest = hub.objects.put(data), hub.objects.put(step.data)
-    now, seconds = hub.clock(), time.perf_counter() - began
+    adapter, outer = hub.objects.put(data), hub.objects.put(step.data)
+    return Candidate(
+        left_out=left_out,
+        adapter=adapter,
+        outer_step=outer,
+        sizes={adapter: len(data), outer: len(step.data)},
+        error=max(merged.truncation.values(), default=0.0),
+        seconds=time.perf_counter() - began,
+        shares={digest: share._asdict() for digest, share in merged.shares.items()},
+    )
+
+
+def _merged(
+    hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row, candidate: Candidate, judged: Mapping[str, object]
+) -> bool:
+    """Apply a merge: the candidate is the round's adapter."""
+    now = hub.clock()
+    fields: dict[str, object] = {"merged": now, "merge_seconds": candidate.seconds}
+    fields |= {"adapter": candidate.adapter, "outer_step": candidate.outer_step}
+    data = {"adapter": candidate.adapter, "truncation": candidate.error, **judged}
     with hub.store.write() as db:
-        fields = {"adapter": digest, "outer_step": step_digest, "merged": now, "merge_seconds": seconds}
-        worst = max(merged.truncation.values(), default=0.0)
-        if not move(
-            db,
-            schema.rounds,
-            round_,
-            Round.MERGED,
-            now=now,
-            data={"adapter": digest, "truncation": worst},
-            merge_error=worst,
-            **fields,
-        ):
+        if not move(db, schema.rounds, round_, Round.MERGED, now=now, data=data, merge_error=candidate.error, **fields):
             return False
-        for each, size in {digest: len(data), step_digest: len(step.data)}.items():
-            if one(db, schema.objects, digest=each, job=job["id"]) is None:
-                db.execute(
-                    insert(schema.objects).values(
-                        digest=each, job=job["id"], size=size, public=not recipe.private, present=True
-                    )
-                )
-        for delta, share in merged.shares.items():
-            db.execute(
-                update(schema.contributions)
-                .where(schema.contributions.c.job == job["id"], schema.contributions.c.delta == delta)
-                .values(merge={"weight": share.weight, "scale": share.scale, "why": share.why})
-            )
-        _ask_for_measures(db, job["id"], recipe, round_["round"], digest)
+        judging.name_objects(db, job["id"], candidate, public=not recipe.private)
+        others = judging.settle(db, round_, candidate)
+        if recipe.merge.leave_one_out is None:
+            _ask_for_measures(db, job["id"], recipe, round_["round"], candidate.adapter, now)
         loose = publish_round(db, job["id"], round_["round"], public=not recipe.private)
-    for refused in loose:
-        drop_unnamed(hub, refused)
+    for digest in [*loose, *others]:
+        drop_unnamed(hub, digest)
     return True

@@ -107,6 +107,7 @@ shards = Table(
     Column("shard", Integer, primary_key=True),
     Column("state", String(16), nullable=False),
     Column("version", Integer, nullable=False, default=0),
+    Column("spare", Boolean, nullable=False),
     Column("lease", ID),
     ForeignKeyConstraint(["job", "round"], ["rounds.job", "rounds.round"]),
 )
@@ -151,6 +152,8 @@ contributions = Table(
     Column("reward", Units, nullable=False),
     Column("receipt", JSON, nullable=False),
     Column("accepted", Float, nullable=False),
+    # The round whose merge takes it in: its own or, where it came late, the next; none where its own was the last.
+    Column("merged_in", Integer),
     Column("merge", JSON),
     UniqueConstraint("job", "round", "shard", name="one_contribution_a_shard"),
     UniqueConstraint("job", "delta", name="no_copy_in_a_job"),
@@ -161,12 +164,17 @@ evaluations = Table(
     metadata,
     Column("job", ID, primary_key=True),
     Column("round", Integer, primary_key=True),
+    # Of a round that is judged: 0 is its merge as it is, the others are without some contributions (hub/judging.py).
+    Column("candidate", Integer, primary_key=True, default=0),
     Column("state", String(16), nullable=False),
     Column("version", Integer, nullable=False, default=0),
     Column("adapter", String(64), nullable=False),
+    # When it was asked for, and then when it was done.
+    Column("at", Float, nullable=False),
     Column("lease", ID),
     Column("loss", Float),
     Column("samples", JSON),
+    Column("merge", JSON),
 )
 
 settlements = Table(

@@ -11,6 +11,7 @@ from trainchain.core.rewards import job_price
 
 MAX_EVENTS = 500
 MAX_CONTRIBUTIONS = 1000
+TOLD = ("lease", "round", "shard", "worker", "delta", "receipt", "accepted", "merged_in")
 MAX_TOLD = 1_000_000
 """An answer that holds this many numbers of losses and micro-batches ends with the contribution that they reach."""
 
@@ -53,11 +54,15 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
         rounds = rows(schema.rounds, schema.rounds.c.round)
         shards = rows(schema.shards, schema.shards.c.round, schema.shards.c.shard)
         contributions = rows(schema.contributions, schema.contributions.c.accepted)
-        evaluations = rows(schema.evaluations, schema.evaluations.c.round)
+        evaluations = rows(schema.evaluations, schema.evaluations.c.round, schema.evaluations.c.candidate)
         settlements = rows(schema.settlements, schema.settlements.c.round)
         held = {r["id"]: r for r in rows(schema.leases, schema.leases.c.taken) if r["state"] == "held"}
         last = db.execute(select(func.max(schema.events.c.seq)).where(schema.events.c.job == job_id)).scalar()
     given = {(c["round"], c["shard"]): c for c in contributions}
+    adapters = {0: recipe.lora.initial.sha256, **{row["round"]: row["adapter"] for row in rounds}}
+    places = {c["delta"]: [c["round"], c["shard"]] for c in contributions}
+    judged = [e for e in evaluations if e["merge"] is not None]
+    evaluations = [e for e in evaluations if e["adapter"] == adapters[e["round"]]]
     found = {e["round"]: e for e in evaluations}
     view_rounds = []
     for row in rounds:
@@ -68,6 +73,7 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
             entry: dict[str, Any] = {
                 "shard": shard["shard"],
                 "state": shard["state"],
+                "spare": shard["spare"],
                 "tokens": counts.tokens,
             }
             contribution, lease = given.get((row["round"], shard["shard"])), held.get(shard["lease"])
@@ -80,6 +86,7 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
                     "losses": contribution["signed"]["losses"],
                     "micro_tokens": contribution["signed"]["micro_tokens"],
                     "numeric_class": contribution["signed"]["contribution"]["numericClass"],
+                    "merged_in": contribution["merged_in"],
                     "merge": contribution["merge"],
                 }
             elif lease is not None:
@@ -99,6 +106,15 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
                 "merge_error": row["merge_error"],
                 "loss": measured["loss"] if measured else None,
                 "samples": measured["samples"] if measured and answers else None,
+                "judged": [
+                    {
+                        "left_out": [places[digest] for digest in e["merge"]["left_out"]],
+                        "state": e["state"],
+                        "loss": e["loss"],
+                    }
+                    for e in judged
+                    if e["round"] == row["round"]
+                ],
                 "shards": members,
             }
         )
@@ -159,7 +175,7 @@ def contributions_of(hub: Hub, job_id: str, round_: int | None, after: int, limi
     `after` is the `next` of the answer before, which is None where there are no more. Who may not ask for a private
     job's is for the caller to say (`access.insist_reader`).
     """
-    table, shards = schema.contributions, hub.recipe(hub.job(job_id)).shards
+    table, shards = schema.contributions, hub.recipe(hub.job(job_id)).all_shards
     place = (table.c.round - 1) * shards + table.c.shard + 1
     query = select(table).where(table.c.job == job_id, place > after).order_by(place).limit(limit + 1)
     if round_ is not None:
@@ -171,7 +187,7 @@ def contributions_of(hub: Hub, job_id: str, round_: int | None, after: int, limi
             if len(found) == limit or told >= MAX_TOLD:
                 following = (found[-1]["round"] - 1) * shards + found[-1]["shard"] + 1
                 break
-            plain = {name: row[name] for name in ("lease", "round", "shard", "worker", "delta", "receipt", "accepted")}
+            plain = {name: row[name] for name in TOLD}
             found.append({**plain, **row["signed"], "reward": str(row["reward"])})
             told += len(row["signed"]["losses"]) + len(row["signed"]["micro_tokens"])
     return {"contributions": found, "next": following}

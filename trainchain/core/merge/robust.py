@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from trainchain.core.merge.lowrank import ROUNDING, Factors, Matrix
 from trainchain.core.merge.methods import Wanted, product_mean
 
+COPY = "a copy"
+"""Why an update that is another one's copy does not have its whole weight."""
 ALIKE = 0.3
 """Two updates are one, and share the weight of the heavier, where their cosine lacks less than this share of what is
 usual of one: honest updates of a round are about as unlike each other as any two of them."""
@@ -73,7 +75,7 @@ def clip(judged: Judged) -> list[Share]:
         group = np.flatnonzero(alike[at]).tolist()
         heaviest, together = max(judged.weights[k] for k in group), sum(judged.weights[k] for k in group)
         weight = heaviest / together if len(group) > 1 else 1.0
-        shares.append(Share(weight, float(scale), "a copy" if len(group) > 1 else "clipped" if scale < 1 else ""))
+        shares.append(Share(weight, float(scale), COPY if len(group) > 1 else "clipped" if scale < 1 else ""))
     return shares
 
 

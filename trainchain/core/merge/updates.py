@@ -34,12 +34,14 @@ def factors_of(adapter: Adapter, module: str) -> Factors:
 
 
 class Update(NamedTuple):
-    """One accepted contribution: its delta's digest, its weight, its delta, and AdamW's moments at its end."""
+    """One accepted contribution: its delta's digest, its weight, its delta, and AdamW's moments at its end; and what
+    the rule made of it among others than those it is merged with, where it was judged there."""
 
     digest: str
     weight: float
     delta: Adapter
     moments: Moments | None = None
+    share: Share | None = None
 
 
 class Merged(NamedTuple):
@@ -63,7 +65,8 @@ def merge(
     _check(start, updates)
     updates = sorted(updates, key=lambda update: (update.digest, update.weight))
     begins = {module: factors_of(start, module) for module in modules_of(start)}
-    shares = RULES.get(way.rule, plain)(_judged(begins, updates))
+    here = judge(way, start, [update for update in updates if update.share is None])
+    shares = [update.share or here[update.digest] for update in updates]
     weights = [update.weight * share.weight for update, share in zip(updates, shares, strict=True)]
     total = sum(weights)
     parts = [weight / total * share.scale for weight, share in zip(weights, shares, strict=True)]
@@ -78,6 +81,15 @@ def merge(
     if way.hands_on and adam is not None:
         moments = merge_moments(adam, weights, ended)
     return Merged(adapter, moments, truncation, dict(zip((update.digest for update in updates), shares, strict=True)))
+
+
+def judge(way: Merge, start: Adapter, updates: Sequence[Update]) -> dict[str, Share]:
+    """What the rule makes of each of these contributions among the others, by digest."""
+    if not updates:
+        return {}
+    begins = {module: factors_of(start, module) for module in modules_of(start)}
+    shares = RULES.get(way.rule, plain)(_judged(begins, updates))
+    return dict(zip((update.digest for update in updates), shares, strict=True))
 
 
 class OuterStep(NamedTuple):

@@ -87,7 +87,7 @@ class Blocks:
     def __iter__(self) -> Iterator[tuple[int, int, bytes]]:
         """(round, shard, block) of all shards."""
         for round in range(1, self._recipe.rounds + 1):
-            for shard in range(self._recipe.shards):
+            for shard in range(self._recipe.all_shards):
                 yield round, shard, self.block(round, shard)
 
     def _keep(self, text: bytes) -> None:

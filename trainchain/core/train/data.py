@@ -201,7 +201,8 @@ def shard_batches(recipe: ResolvedRecipe, order: DataOrder, round: int, shard: i
     No step is empty: each has `batch_size` sequences, each sequence a row, and each row a supervised target.
     """
     batch_size = recipe.training.batch_size
-    return order.shard(round, shard, shards=recipe.shards, steps=recipe.steps, batch_size=batch_size)
+    sizes = {"rounds": recipe.rounds, "shards": recipe.shards, "spares": recipe.spares, "steps": recipe.steps}
+    return order.shard(round, shard, batch_size=batch_size, **sizes)
 
 
 def plan_shard(documents: TokenizedData, lengths: list[int], batches: Sequence[Sequence[Sequence[int]]]) -> Plan:
@@ -230,8 +231,12 @@ def count_all(
     rounds: int,
     shards: int,
     steps: int,
+    spares: int = 0,
 ) -> list[list[Counts]]:
-    """`counts[round - 1][shard]` as a recipe pins them; data.too_small when an epoch is less than a step."""
+    """`counts[round - 1][shard]` as a recipe pins them; data.too_small when an epoch is less than a step.
+
+    The spare shards of a round come last.
+    """
     order = _order(documents, sequence_len, seed)
     sequences = order.size(0)
     if sequences < batch_size:
@@ -242,10 +247,10 @@ def count_all(
         )
 
     def counted(round: int, shard: int) -> Counts:
-        batches = order.shard(round, shard, shards=shards, steps=steps, batch_size=batch_size)
-        return count_shard(documents, batches)
+        sizes = {"rounds": rounds, "shards": shards, "spares": spares, "steps": steps}
+        return count_shard(documents, order.shard(round, shard, batch_size=batch_size, **sizes))
 
-    return [[counted(round, shard) for shard in range(shards)] for round in range(1, rounds + 1)]
+    return [[counted(round, shard) for shard in range(shards + spares)] for round in range(1, rounds + 1)]
 
 
 def check_counts(counted: Counts, pinned: Counts, what: str) -> None:

@@ -50,9 +50,10 @@ class HeldOutFacts:
 
 @dataclass(frozen=True)
 class Inspection:
-    """`counts[round - 1][shard]`; of the training rows `truncated` were cut and `skipped` teach nothing.
+    """`counts[round - 1][shard]`, the spare shards last.
 
-    `truncated_at` and `skipped_at` name the first of these by file and line.
+    Of the training rows `truncated` were cut and `skipped` teach nothing; `truncated_at` and `skipped_at` name the
+    first of these by file and line.
     """
 
     datasets: list[DataFacts]
@@ -82,6 +83,7 @@ def inspect(
     steps: int,
     targets: str | Sequence[str],
     r: int,
+    spares: int = 0,
     attention: Kernel | None = None,
     chat_template: str | None = None,
     cache: Path | None = None,
@@ -110,6 +112,7 @@ def inspect(
         rounds=rounds,
         shards=shards,
         steps=steps,
+        spares=spares,
     )
     tested: HeldOutFacts | None = None
     if held_out is not None:

@@ -7,7 +7,7 @@ from trainchain.core.client import HubClient
 from trainchain.core.errors import TrainChainError
 
 BEAT_SECONDS = 5.0
-OVER = frozenset({"shard.already_accepted", "round.closed", "job.closed", "lease.not_yours", "lease.unknown"})
+OVER = frozenset({"shard.already_accepted", "contribution.too_late", "job.closed", "lease.not_yours", "lease.unknown"})
 
 
 class Heart:
