@@ -19,7 +19,7 @@ from trainchain.core.checks import reach
 from trainchain.core.digests import sha256
 from trainchain.core.hub import cashier, leases, rounds, schema
 from trainchain.core.hub.service import LEASE_SECONDS
-from trainchain.core.merge.updates import Update, merge
+from trainchain.core.merge.updates import Update, merge, outer_step
 from trainchain.core.rewards import round_price, shard_reward
 
 SPARE = PLAIN_MERGE.model_copy(update={"spares": 0.1})
@@ -102,7 +102,8 @@ def test_what_comes_one_round_late_counts_half_and_is_paid_in_full(town: Town, a
     ]
     assert [row["round"] for row in rows].count(1) == 1
     start = read_adapter(ben.fetch(job.round(2)["start"]))
-    assert sha256(adapter_bytes(merge(job.recipe.merge, start, updates).adapter)) == job.round(2)["adapter"]
+    step = outer_step(job.recipe.merge, start, merge(job.recipe.merge, start, updates))
+    assert sha256(adapter_bytes(step.adapter)) == job.round(2)["adapter"]
     shown = job.view()["rounds_done"][0]["shards"]
     assert [(one["merged_in"], one["spare"]) for one in shown] == [(2, False), (1, False)]
     assert shown[lease["shard"]]["merge"]["weight"] == 1.0

@@ -13,7 +13,7 @@ from trainchain.cli.jobs import describe
 from trainchain.core.adapter import Adapter, adapter_bytes, read_adapter
 from trainchain.core.digests import sha256
 from trainchain.core.hub import judging, leases, rounds, schema
-from trainchain.core.merge.updates import Update, factors_of, merge, modules_of
+from trainchain.core.merge.updates import Update, factors_of, merge, modules_of, outer_step
 from trainchain.core.rewards import round_price
 
 JUDGED = PLAIN_MERGE.model_copy(update={"leave_one_out": 0.05})
@@ -65,7 +65,8 @@ def without(job: Job, *left_out: int) -> str:
         for row in rows
         if row["shard"] not in left_out
     ]
-    return sha256(adapter_bytes(merge(job.recipe.merge, read_adapter(INITIAL), updates).adapter))
+    way, start = job.recipe.merge, read_adapter(INITIAL)
+    return sha256(adapter_bytes(outer_step(way, start, merge(way, start, updates)).adapter))
 
 
 def judged(job: Job) -> dict[str, Any]:
@@ -119,7 +120,10 @@ def test_a_round_that_fails_is_merged_without_the_culprit_who_is_paid_all_the_sa
     assert town.chain.job(job.id).settled == round_price(job.recipe, 1)
     assert [line.split()[1] for line in describe(job.view()).splitlines() if line.endswith("  left out")] == ["3"]
     assert town.http.get(f"{town.url}/v1/objects/{told['adapter']}").status_code == 200
-    kept = {row["adapter"] for row in town.rows(schema.evaluations, job=job.id)} - {told["adapter"], sha256(INITIAL)}
+    tried = [row["merge"] for row in town.rows(schema.evaluations, job=job.id) if row["merge"]]
+    kept = {digest for one in tried for digest in one["sizes"]} - {told["adapter"], told["outer_step"]}
+    assert len(kept) == 2 * (len(tried) - 1)
+    assert town.http.get(f"{town.url}/v1/objects/{told['outer_step']}").status_code == 200
     named = {row["digest"] for row in town.rows(schema.objects, job=job.id)}
     assert not kept & named, "what was only tried is kept by nobody"
     assert town.hub.objects.size(sorted(kept)[0]) is None

@@ -61,7 +61,7 @@ def test_the_hub_s_client_uploads_resolves_and_downloads_a_snapshot(
     assert [entry.path for entry in api.get_paths_info("me/tiny", ["config.json", "nothing"])] == ["config.json"]
 
 
-def test_the_hub_s_client_is_refused_as_the_real_one_refuses(hub: Hub, api: HfApi) -> None:
+def test_the_hub_s_client_is_refused_as_the_real_one_refuses(hub: Hub, api: HfApi, tmp_path: Path) -> None:
     hub.put("alice/hers", MODEL, private=True)
     hub.put("meta/llama", MODEL, gated=True)
     hub.put("me/mine", MODEL)
@@ -75,7 +75,7 @@ def test_the_hub_s_client_is_refused_as_the_real_one_refuses(hub: Hub, api: HfAp
         with pytest.raises(GatedRepoError):
             who.auth_check("meta/llama")
         with pytest.raises(GatedRepoError):
-            who.hf_hub_download("meta/llama", "config.json", local_dir="nowhere")
+            who.hf_hub_download("meta/llama", "config.json", local_dir=tmp_path)
     with pytest.raises(RevisionNotFoundError):
         api.model_info("me/mine", revision="v9")
     with pytest.raises(EntryNotFoundError):
