@@ -9,7 +9,8 @@ from trainchain.core.hub.judging import MOST_LEFT_OUT, Candidate, Found, Verdict
 def made(names: list[str], left_out: tuple[str, ...], unused: set[str]) -> Candidate:
     rest = [name for name in names if name not in left_out]
     shares = {name: {"weight": float(name not in unused), "scale": 1.0, "why": ""} for name in rest}
-    return Candidate(left_out, "+".join(shares), 1, 0.0, 0.0, shares)
+    adapter = "+".join(shares)
+    return Candidate(left_out, adapter, f"step to {adapter}", {adapter: 1}, 0.0, 0.0, shares)
 
 
 @settings(deadline=None, max_examples=200)

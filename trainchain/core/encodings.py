@@ -224,6 +224,7 @@ def _numbers(raw: Mapping[str, NDArray[Any]], encoding: str, shapes: Shapes) -> 
         if encoding == "int4":
             mine = np.stack([mine & 15, mine >> 4], axis=1).ravel()[:count].astype(np.int8) - np.int8(8)
         wide = np.repeat(scales[block : block + blocks], BLOCK)[:count]
-        delta[name] = (mine.astype(np.float32) * wide).reshape(shapes[name])
+        with np.errstate(over="ignore"):  # who is to believe it looks for infinity
+            delta[name] = (mine.astype(np.float32) * wide).reshape(shapes[name])
         code, block = code + size, block + blocks
     return delta
