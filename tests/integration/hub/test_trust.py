@@ -5,11 +5,12 @@ import pytest
 from tests.fixtures_hub import Person, Town, numbers
 from trainchain.chain import eip712
 from trainchain.cli import wiring
-from trainchain.core.adapter import adapter_bytes
+from trainchain.core.adapter import adapter_bytes, read_adapter
 from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import schema
 from trainchain.core.hub.leases import MAX_HELD
+from trainchain.core.merge.updates import Update, merge, outer_step
 
 
 def test_a_cancelled_job_lends_nothing_and_pays_what_was_held(town: Town, anna: Person, ben: Person) -> None:
@@ -175,3 +176,24 @@ def test_a_delta_of_another_job_must_be_uploaded_for_this_one(town: Town, anna: 
 
     assert anna.hand_in(lease, anna.signed(anna.message(lease, delta))).json()["code"] == "delta.missing"
     assert anna.contribute(lease, delta).status_code == 200
+
+
+def test_what_a_worker_uploaded_first_is_the_hub_s_once_it_is_merged(town: Town, anna: Person, ben: Person) -> None:
+    """Who contributes all of a round knows its outer step, and could have it forgotten as an upload nobody took."""
+    job = town.publish(rounds=2, shards=2, quorum=0.5, round_deadline=60)
+    lease, unused = anna.must_lease(job), ben.must_lease(job)
+    delta = numbers(4)
+    start = read_adapter(anna.fetch(lease["start"]))
+    step = outer_step(job.recipe.merge, start, merge(job.recipe.merge, start, [Update("a", 1, delta)]))
+    ben.upload(unused, step.data).raise_for_status()
+    anna.contribute(lease, delta).raise_for_status()
+    town.clock.forward(61)
+    town.tick()
+    anna.contribute(anna.must_lease(job)).raise_for_status()
+    town.tick()
+    anna.work(job)
+    town.tick()
+
+    assert job.round(1)["outer_step"] == sha256(step.data)
+    assert job.round(2)["state"] == "merged"
+    assert anna.fetch(sha256(step.data)) == step.data

@@ -169,14 +169,14 @@ def settle(db: Connection, round_: Row, chosen: Candidate) -> list[str]:
 
 
 def name_objects(db: Connection, job: str, candidate: Candidate, *, public: bool) -> None:
-    """Write down the objects of a candidate, or that they are public now."""
+    """Write down the objects of a candidate, or that they are public now: no worker's upload any more, if one was."""
     for digest, size in candidate.sizes.items():
         here = {"digest": digest, "job": job}
-        if one(db, schema.objects, **here) is None:
+        if (row := one(db, schema.objects, **here)) is None:
             db.execute(insert(schema.objects).values(size=size, public=public, present=True, **here))
-        elif public:
+        else:
             given = (schema.objects.c.job == job, schema.objects.c.digest == digest)
-            db.execute(update(schema.objects).where(*given).values(public=True))
+            db.execute(update(schema.objects).where(*given).values(public=row["public"] or public, lease=None))
 
 
 def _of(round_: Row) -> Any:
