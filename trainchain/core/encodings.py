@@ -94,6 +94,12 @@ def decode(data: bytes, encoding: str, shapes: Shapes, *, moments: bool = False)
     return Decoded(delta, with_)
 
 
+def rank_one(v: Mapping[str, NDArray[Any]]) -> Adapter:
+    """What is left of a second moment that has travelled."""
+    factors = _factored(v)
+    return _products(factors[ROWS], factors[COLUMNS], {name: tensor.shape for name, tensor in v.items()})
+
+
 def encoded_size(encoding: str, shapes: Shapes, *, moments: bool = False) -> int:
     """How many bytes every delta of these shapes has."""
     layout = _layout(encoding, shapes, moments)
@@ -154,7 +160,7 @@ def _stored(tensors: Mapping[str, Float], encoding: str) -> dict[str, NDArray[An
     return {"codes": codes, "scales": scales}
 
 
-def _factored(v: Mapping[str, Float]) -> dict[str, NDArray[np.uint8]]:
+def _factored(v: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.uint8]]:
     rows, columns = [], []
     for name in sorted(v):
         wide = np.asarray(v[name], np.float64).reshape(len(v[name]), -1)
