@@ -5,6 +5,7 @@ products of all such updates, which take no dense matrix. So turning factors aga
 A rule changes the merge, never the pay.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -87,12 +88,16 @@ def gate(judged: Judged) -> list[Share]:
     Never more than half.
     """
     groups, clipped = _groups(judged.inner), clip(judged)
+    parts, far = np.array([share.weight for share in clipped]), FAR
+    if len(groups) < FEW == len(clipped):
+        # Of three, two that are so much alike are copies, or honest beside one who is not: he then points away.
+        groups, parts, far = np.eye(FEW), np.ones(FEW), math.inf
     means = groups / groups.sum(axis=1, keepdims=True) * [share.scale for share in clipped]
     inner = means @ judged.inner @ means.T
-    weights = groups @ (np.array(judged.weights) * [share.weight for share in clipped])
+    weights = groups @ (np.array(judged.weights) * parts)
     spare = (len(clipped) - 1) // 2
     here, out = list(range(len(groups))), dict[int, str]()
-    while len(here) >= FEW and (found := _oddest(inner[np.ix_(here, here)], weights[here])) is not None:
+    while len(here) >= FEW and (found := _oddest(inner[np.ix_(here, here)], weights[here], far)) is not None:
         members = np.flatnonzero(groups[here.pop(found[0])])
         if len(out) + len(members) > spare:
             break
@@ -188,25 +193,23 @@ def _groups(inner: Matrix) -> Matrix:
     return found
 
 
-def _oddest(inner: Matrix, weights: Matrix) -> tuple[int, str] | None:
+def _oddest(inner: Matrix, weights: Matrix, far: float) -> tuple[int, str] | None:
     """The update that is the least like the others, and why, if any is odd."""
-    cosines, far = _against_others(inner, weights), _distances(inner)
+    cosines, distances = against_others(inner, weights), _distances(inner)
     if cosines.min() <= max(0.0, AWAY * float(np.median(cosines))):
         return int(cosines.argmin()), "points away"
-    if far.max() > FAR * float(np.median(far)):
-        return int(far.argmax()), "far off"
+    if distances.max() > far * float(np.median(distances)):
+        return int(distances.argmax()), "far off"
     return None
 
 
-def _against_others(inner: Matrix, weights: Matrix) -> Matrix:
-    """The cosine of each update to the weighted mean of the others."""
-    found = np.zeros(len(inner))
-    for at in range(len(inner)):
-        others = weights.copy()
-        others[at] = 0.0
-        length = np.sqrt(max(inner[at, at], 0.0) * max(float(others @ inner @ others), 0.0))
-        found[at] = float(inner[at] @ others) / length if length > 0 else 0.0
-    return found
+def against_others(inner: Matrix, weights: Matrix) -> Matrix:
+    """The cosine of each update to the weighted sum of the others."""
+    sums = inner @ weights
+    own = np.diagonal(inner) * weights
+    others = float(weights @ sums) - 2 * weights * sums + weights * own
+    lengths = np.sqrt(np.maximum(np.diagonal(inner), 0.0) * np.maximum(others, 0.0))
+    return np.divide(sums - own, lengths, out=np.zeros(len(inner)), where=lengths > 0)
 
 
 def _distances(inner: Matrix) -> Matrix:
