@@ -16,7 +16,7 @@ from trainchain.core.errors import TrainChainError
 from trainchain.core.merge.lowrank import ROUNDING, Factors, distance, stack
 from trainchain.core.merge.methods import METHODS, Wanted
 from trainchain.core.merge.moments import Adam, merge_moments
-from trainchain.core.merge.robust import COORDINATES, RULES, Judged, Share, inner_products, plain
+from trainchain.core.merge.robust import COORDINATES, RULES, Judged, Share, against_others, inner_products, plain
 from trainchain.core.models import Merge
 from trainchain.core.segments import Moments
 
@@ -90,6 +90,13 @@ def judge(way: Merge, start: Adapter, updates: Sequence[Update]) -> dict[str, Sh
     begins = {module: factors_of(start, module) for module in modules_of(start)}
     shares = RULES.get(way.rule, plain)(_judged(begins, updates))
     return dict(zip((update.digest for update in updates), shares, strict=True))
+
+
+def likeness(start: Adapter, updates: Sequence[Update]) -> dict[str, float]:
+    """The cosine of each contribution's change to what the others' add up to, by digest."""
+    judged = _judged({module: factors_of(start, module) for module in modules_of(start)}, updates)
+    cosines = against_others(judged.inner, np.array(judged.weights)).tolist()
+    return dict(zip((update.digest for update in updates), cosines, strict=True))
 
 
 class OuterStep(NamedTuple):
