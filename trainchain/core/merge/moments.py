@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainchain.core.adapter import Adapter
 from trainchain.core.encodings import rank_one
 from trainchain.core.segments import Moments
 

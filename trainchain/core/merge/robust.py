@@ -17,6 +17,7 @@ from trainchain.core.merge.methods import Wanted, product_mean
 
 COPY = "a copy"
 """Why an update that is another one's copy does not have its whole weight."""
+CLIPPED = "clipped"
 ALIKE = 0.3
 """Two updates are one, and share the weight of the heavier, where their cosine lacks less than this share of what is
 usual of one: honest updates of a round are about as unlike each other as any two of them."""
@@ -67,7 +68,7 @@ def plain(judged: Judged) -> list[Share]:
 def clip(judged: Judged) -> list[Share]:
     """No update longer than the round's median; copies share one weight (Sybils gain nothing, FoolsGold's concern,
     arXiv 1808.04866)."""
-    lengths = _lengths(judged.inner)
+    lengths = lengths_of(judged.inner)
     longest = float(np.median(lengths))
     scales = np.minimum(1.0, np.divide(longest, lengths, out=np.ones_like(lengths), where=lengths > 0))
     alike = _alike(judged.inner)
@@ -76,7 +77,7 @@ def clip(judged: Judged) -> list[Share]:
         group = np.flatnonzero(alike[at]).tolist()
         heaviest, together = max(judged.weights[k] for k in group), sum(judged.weights[k] for k in group)
         weight = heaviest / together if len(group) > 1 else 1.0
-        shares.append(Share(weight, float(scale), COPY if len(group) > 1 else "clipped" if scale < 1 else ""))
+        shares.append(Share(weight, float(scale), COPY if len(group) > 1 else CLIPPED if scale < 1 else ""))
     return shares
 
 
@@ -157,13 +158,13 @@ def _canonical(ends: Sequence[Factors], wanted: Wanted) -> list[Factors]:
     return [product_mean([1.0], [end], wanted)[0] for end in ends]
 
 
-def _lengths(inner: Matrix) -> Matrix:
+def lengths_of(inner: Matrix) -> Matrix:
     found: Matrix = np.sqrt(np.maximum(np.diagonal(inner), 0.0))
     return found
 
 
 def _cosines(inner: Matrix) -> Matrix:
-    lengths = _lengths(inner)
+    lengths = lengths_of(inner)
     scale = np.outer(lengths, lengths)
     return np.divide(inner, scale, out=np.zeros_like(inner), where=scale > 0)
 
