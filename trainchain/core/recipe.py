@@ -212,7 +212,7 @@ class Recipe(_Strict):
     """An eighth of `steps`, rounded up, when left out."""
     round_deadline: Seconds = 30 * 60
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.75
-    merge: MergeEntry = MergeEntry()
+    merge: Annotated[MergeEntry, Field(validate_default=True)] = MergeEntry()
     access: AccessEntry = AccessEntry()
     hub_model_id: Annotated[str, Field(min_length=1, max_length=300)] | None = None
     """Where the merged adapter is pushed: `me/name` or `hf://me/name` on Hugging Face, or `azureml:name`."""
@@ -226,6 +226,14 @@ class Recipe(_Strict):
         if value.leave_one_out is None or info.data.get("test_datasets"):
             return value
         raise ValueError("`leave_one_out` needs `test_datasets`: it goes by the held-out loss")
+
+    @field_validator("merge")
+    @classmethod
+    def _bounded(cls, value: MergeEntry, info: ValidationInfo) -> MergeEntry:
+        first, second = (info.data.get(f"adam_beta{n}") for n in (1, 2))
+        if value.moments == "fresh" or first is None or second is None or first**2 < second:
+            return value
+        raise ValueError("`moments: merged` needs an `adam_beta2` above the square of `adam_beta1`: no step has a bound")
 
     @field_validator("fp16")
     @classmethod
