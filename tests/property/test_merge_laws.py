@@ -282,3 +282,19 @@ def test_no_rule_sees_who_came_first(
 
     assert all(one.adapter[name].tobytes() == other.adapter[name].tobytes() for name in start)
     assert one.shares == other.shares
+
+
+@pytest.mark.parametrize("size", [(8, 5, 3), (8, 3, 5), (4, 1, 9), (4, 9, 1)])
+@pytest.mark.parametrize("full", [True, False])
+def test_a_rank_above_what_a_module_can_have_keeps_its_shapes(size: tuple[int, int, int], full: bool) -> None:
+    """The next round starts from tensors of the same shapes, whatever the product's rank."""
+    random = np.random.default_rng(0)
+    start, given_ = adapter(random, size, fresh=True), updates(random, size, 2)
+    for update in given_:
+        update.delta[B][1:] *= full
+
+    merged = merge("product-mean", start, given_)
+
+    assert {name: tensor.shape for name, tensor in merged.adapter.items()} == {A: start[A].shape, B: start[B].shape}
+    wanted = sum(update.weight * product(end(start, update.delta)) for update in given_)
+    assert off(product(merged.adapter), wanted / sum(update.weight for update in given_)) < 1e-6
