@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tests.fixtures_merge import PLAIN_MERGE
 from trainchain.core.adapter import A_SUFFIX, B_SUFFIX, Adapter
+from trainchain.core.merge.lowrank import Matrix
 from trainchain.core.merge.robust import Share
 from trainchain.core.merge.updates import Update, merge
 
@@ -18,11 +19,12 @@ def adapter(b: np.ndarray, a: np.ndarray) -> Adapter:
     return {"one" + B_SUFFIX: b.astype(np.float32), "one" + A_SUFFIX: a.astype(np.float32)}
 
 
-def product(of: Adapter) -> np.ndarray:
-    return of["one" + B_SUFFIX].astype(np.float64) @ of["one" + A_SUFFIX].astype(np.float64)
+def product(of: Adapter) -> Matrix:
+    found: Matrix = of["one" + B_SUFFIX].astype(np.float64) @ of["one" + A_SUFFIX].astype(np.float64)
+    return found
 
 
-def change(start: Adapter, delta: Adapter) -> np.ndarray:
+def change(start: Adapter, delta: Adapter) -> Matrix:
     return product({name: start[name] + delta[name] for name in start}) - product(start)
 
 

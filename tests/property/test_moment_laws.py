@@ -55,7 +55,7 @@ def test_the_first_moment_is_the_weighted_mean_of_equally_long_ones(seed: int, w
 
     found = merge_moments(ADAM, weights, every)
 
-    mean = sum(w * each.m["a"].astype(np.float64) for w, each in zip(weights, every, strict=True)) / sum(weights)
+    mean = np.average([each.m["a"].astype(np.float64) for each in every], axis=0, weights=weights)
     second = np.minimum(found.v["a"], rank_one(found.v)["a"])
     within = np.abs(mean) < (1 - ADAM.beta1**ADAM.steps) * np.sqrt(second / (1 - ADAM.beta2**ADAM.steps))
     np.testing.assert_allclose(found.m["a"][within], mean[within], rtol=1e-4)

@@ -222,18 +222,12 @@ class Recipe(_Strict):
 
     @field_validator("merge")
     @classmethod
-    def _measured(cls, value: MergeEntry, info: ValidationInfo) -> MergeEntry:
-        if value.leave_one_out is None or info.data.get("test_datasets"):
-            return value
-        raise ValueError("`leave_one_out` needs `test_datasets`: it goes by the held-out loss")
-
-    @field_validator("merge")
-    @classmethod
-    def _bounded(cls, value: MergeEntry, info: ValidationInfo) -> MergeEntry:
-        first, second = (info.data.get(f"adam_beta{n}") for n in (1, 2))
-        if value.moments == "fresh" or first is None or second is None or first**2 < second:
-            return value
-        raise ValueError("`moments: merged` needs an `adam_beta2` above the square of `adam_beta1`: no step has a bound")
+    def _can_be(cls, value: MergeEntry, info: ValidationInfo) -> MergeEntry:
+        if value.leave_one_out is not None and not info.data.get("test_datasets"):
+            raise ValueError("`leave_one_out` needs `test_datasets`: it goes by the held-out loss")
+        if value.moments == "merged" and info.data.get("adam_beta1", 0.0) ** 2 >= info.data.get("adam_beta2", 1.0):
+            raise ValueError("`moments: merged` needs an `adam_beta2` above `adam_beta1` squared: no step has a bound")
+        return value
 
     @field_validator("fp16")
     @classmethod

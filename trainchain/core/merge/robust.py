@@ -210,7 +210,8 @@ def against_others(inner: Matrix, weights: Matrix) -> Matrix:
     own = np.diagonal(inner) * weights
     others = float(weights @ sums) - 2 * weights * sums + weights * own
     lengths = np.sqrt(np.maximum(np.diagonal(inner), 0.0) * np.maximum(others, 0.0))
-    return np.divide(sums - own, lengths, out=np.zeros(len(inner)), where=lengths > 0)
+    found: Matrix = np.divide(sums - own, lengths, out=np.zeros(len(inner)), where=lengths > 0)
+    return found
 
 
 def _distances(inner: Matrix) -> Matrix:
