@@ -11,18 +11,17 @@ Prints one JSON document on stdout. Exits 0 whatever it finds, 1 where a side di
 
 import argparse
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import report
-from jobs import Job, Size, document_rows, longest, prepare
-from launch import OWN_PROCESS, SideFailedError, begin, log, run_side
+from jobs import Job, Size, longest
+from launch import OWN_PROCESS, SideFailedError, begin, log
+from runs import Runs
 
 from trainchain.core.errors import TrainChainError
 
@@ -112,7 +111,7 @@ def main() -> int:
     code = 0
     with tempfile.TemporaryDirectory(prefix="trainchain-bench-", ignore_cleanup_errors=True) as temporary:
         try:
-            study(Runs(plan, state or Path(temporary) / "state"), figures, more)
+            study(Trained(plan, state or Path(temporary) / "state"), figures, more)
         except (SideFailedError, TrainChainError) as error:
             log.error("%s", error)
             figures.append(report.failure("a run", str(error)))
@@ -160,37 +159,27 @@ def _arguments() -> tuple[Plan, Path | None]:
     return plan, given.state.resolve() if given.state else None
 
 
-class Runs:
-    """Trains and scores, some at once; what is done lies in the state folder."""
+class Trained(Runs):
+    """Jobs of many rounds."""
 
     def __init__(self, plan: Plan, state: Path) -> None:
         self.plan = plan
-        self._state = state
-        state.mkdir(parents=True, exist_ok=True)
-        kept = state / "settings.json"
-        wanted = json.dumps(asdict(replace(plan, seeds=0, side_by_side=0)), default=str, sort_keys=True)
-        if kept.exists() and kept.read_text(encoding="utf-8") != wanted:
-            raise SystemExit(f"{state} holds runs of other settings; name another folder.")
-        kept.write_text(wanted, encoding="utf-8")
+        super().__init__(
+            state,
+            asdict(replace(plan, seeds=0, side_by_side=0)),
+            side_by_side=plan.side_by_side,
+            threads=plan.threads,
+            limit_seconds=plan.limit_seconds,
+        )
         if plan.domains:
             self._split(*plan.domains)
-        for name, first in (("tuning", plan.held_out_rows), ("result", 0)):
-            rows = document_rows(plan.model, plan.held_out, plan.sequence_len, first, plan.held_out_rows)
-            self._rows(name).write_text(json.dumps(rows), encoding="utf-8")
+        for name, at in (("result", 0), ("tuning", 1)):
+            part = (plan.held_out, at * plan.held_out_rows, plan.held_out_rows)
+            self.held_out(name, plan.model, part, length=plan.sequence_len)
             if plan.domains:
-                start = plan.domain_rows if first else 0
-                parts = [
-                    document_rows(
-                        plan.model, state / f"{domain}-test.jsonl", plan.sequence_len, start, plan.domain_rows
-                    )
-                    for domain in DOMAINS
-                ]
-                self._rows(f"domains-{name}").write_text(
-                    json.dumps([row for part in parts for row in part]), encoding="utf-8"
-                )
-
-    def _rows(self, name: str) -> Path:
-        return self._state / f"{name}-rows.json"
+                each, files = plan.domain_rows, [state / f"{domain}-test.jsonl" for domain in DOMAINS]
+                parts = [(file, at * each, each) for file in files]
+                self.held_out(f"domains-{name}", plan.model, *parts, length=plan.sequence_len)
 
     def _split(self, train: Path, held_out: Path) -> None:
         """A file of each domain's own rows, and one of all of them."""
@@ -203,9 +192,9 @@ class Runs:
             fewest = min(len(lines) for lines in kept.values())
             for domain, lines in kept.items():
                 text = "\n".join(lines[:fewest]) + "\n"
-                (self._state / f"{domain}-{name}.jsonl").write_text(text, encoding="utf-8")
+                (self.state / f"{domain}-{name}.jsonl").write_text(text, encoding="utf-8")
             mixed = "".join("\n".join(lines[:fewest]) + "\n" for lines in kept.values())
-            (self._state / f"all-{name}.jsonl").write_text(mixed, encoding="utf-8")
+            (self.state / f"all-{name}.jsonl").write_text(mixed, encoding="utf-8")
 
     def jobs(self, run: Run) -> list[Job]:
         """One for all workers, whose shards they share, or for one machine; or one for each worker's domain."""
@@ -217,38 +206,28 @@ class Runs:
             size = replace(size, shards=plan.workers)
         data = [plan.train]
         if run.domains:
-            data = [self._state / f"{name}-train.jsonl" for name in (["all"] if alone else DOMAINS)]
+            data = [self.state / f"{name}-train.jsonl" for name in (["all"] if alone else DOMAINS)]
         return [self._job(run.seed, size, path) for path in data]
 
     def _job(self, seed: int, size: Size, data: Path) -> Job:
-        job = Job(self._state / f"job-{data.stem}-{seed}-{size.steps}-{size.batch}-{size.shards}")
-        if not job.complete:
-            shutil.rmtree(job.folder, ignore_errors=True)
-            training = {
-                "micro_batch_size": size.batch,
-                "lr_scheduler": "constant",
-                "warmup_steps": self.plan.warmup_steps,
-                "shard_warmup_steps": self.plan.warmup_steps,
-                "max_grad_norm": 1.0,
-                "weight_decay": 0.0,
-                "precision": "fp32",
-                "seed": seed,
-            }
-            prepare(job.folder, self.plan.model, data, size, training)
-        return job
+        training = {
+            "micro_batch_size": size.batch,
+            "lr_scheduler": "constant",
+            "warmup_steps": self.plan.warmup_steps,
+            "shard_warmup_steps": self.plan.warmup_steps,
+            "max_grad_norm": 1.0,
+            "weight_decay": 0.0,
+            "precision": "fp32",
+            "seed": seed,
+        }
+        name = f"job-{data.stem}-{seed}-{size.steps}-{size.batch}-{size.shards}"
+        return self.prepared(name, self.plan.model, data, size, training)
 
     def train(self, wanted: Sequence[Run]) -> None:
-        """Each that has not run yet."""
-        for run in wanted:
-            self.jobs(run)
-        with ThreadPoolExecutor(self.plan.side_by_side) as pool:
-            list(pool.map(self._train, dict.fromkeys(wanted)))
+        self.train_all({run.name: self._spec(run) for run in wanted})
 
-    def _train(self, run: Run) -> None:
-        if self._path(run).is_file():
-            log.info("%s: done before", run.name)
-            return
-        spec = {
+    def _spec(self, run: Run) -> dict[str, Any]:
+        return {
             "side": "rounds",
             "jobs": [str(job.folder) for job in self.jobs(run)],
             "training": {"learning_rate": run.rate},
@@ -256,35 +235,16 @@ class Runs:
             "seed": run.seed,
             "dies": run.dies,
             "late": run.late,
-            "threads": self.plan.threads,
         }
-        found = run_side(spec, self._state, run.name, self.plan.limit_seconds)
-        log.info("%s: trained on %d tokens", run.name, found["tokens"])
-
-    def _path(self, run: Run) -> Path:
-        return self._state / f"{run.name}.json"
-
-    def result(self, run: Run) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._path(run).read_text(encoding="utf-8"))
-        return found
 
     def score(self, rows: str, wanted: Sequence[Run]) -> dict[Run, float]:
         """Held-out losses of trained adapters."""
-        job = self.jobs(wanted[0])[0]
-        spec = {
-            "side": "score",
-            "job": str(job.folder),
-            "rows": str(self._rows(rows)),
-            "adapters": {run.name: self.result(run)["adapter"] for run in wanted},
-            "threads": self.plan.threads,
-        }
-        losses = run_side(spec, self._state, f"score-{rows}", self.plan.limit_seconds)["losses"]
-        for run in wanted:
-            log.info("%s: held-out loss %.4f on the %s rows", run.name, losses[run.name], rows)
+        adapters = {run.name: self.result(run.name)["adapter"] for run in wanted}
+        losses = self.score_all(rows, self.jobs(wanted[0])[0], adapters)
         return {run: float(losses[run.name]) for run in wanted}
 
 
-def study(runs: Runs, figures: list[report.Figure], more: dict[str, Any]) -> None:
+def study(runs: Trained, figures: list[report.Figure], more: dict[str, Any]) -> None:
     """Tune, train, compare; figures are added as they are found, so that a stopped study tells those it has."""
     plan, first = runs.plan, runs.plan.per_round[0]
     rates = _tuned(runs, more, domains=False)
@@ -300,6 +260,10 @@ def study(runs: Runs, figures: list[report.Figure], more: dict[str, Any]) -> Non
     wanted = [*main_, *churn, *late, *longer, *others]
     runs.train(wanted)
     losses = runs.score("result", wanted)
+    tokens = {runs.result(each.name)["tokens"] for each in main_ if not each.seed}
+    figures.append(
+        report.must("tokens trained, seed 0", max(tokens), "tokens", "every side the same", len(tokens) == 1)
+    )
     for side in (ONE, FACTOR, OURS):
         each = [losses[run(side, seed)] for seed in range(plan.seeds)]
         figures += [
@@ -328,7 +292,7 @@ def study(runs: Runs, figures: list[report.Figure], more: dict[str, Any]) -> Non
         _domains(runs, figures, _tuned(runs, more, domains=True) if plan.seeds > 1 else rates)
 
 
-def _domains(runs: Runs, figures: list[report.Figure], rates: Mapping[str, float]) -> None:
+def _domains(runs: Trained, figures: list[report.Figure], rates: Mapping[str, float]) -> None:
     """One domain a worker, held-out rows of all."""
     first = runs.plan.per_round[0]
     ours = (OURS, "ours, clip", "ours, factor-mean")
@@ -345,7 +309,7 @@ def _domains(runs: Runs, figures: list[report.Figure], rates: Mapping[str, float
             figures.append(_plain(name, 100 * (losses[each] - losses[one]) / losses[one]))
 
 
-def _tuned(runs: Runs, more: dict[str, Any], *, domains: bool) -> dict[str, float]:
+def _tuned(runs: Trained, more: dict[str, Any], *, domains: bool) -> dict[str, float]:
     """Each side's best rate on the first seed."""
     plan, sides = runs.plan, (ONE, FACTOR, OURS)
     grid = [Run(side, 0, rate, plan.per_round[0], domains=domains) for side in sides for rate in plan.grid]
@@ -358,11 +322,11 @@ def _tuned(runs: Runs, more: dict[str, Any], *, domains: bool) -> dict[str, floa
     return {side: min(found, key=found.__getitem__) for side, found in of_side.items()}
 
 
-def _bytes(runs: Runs, wanted: Sequence[Run]) -> list[report.Figure]:
+def _bytes(runs: Trained, wanted: Sequence[Run]) -> list[report.Figure]:
     """Against sending every step's gradient in bf16, at each length of a round."""
     figures = []
     for run in wanted:
-        found = runs.result(run)
+        found = runs.result(run.name)
         times = 2 * found["numbers"] * run.per_round / found["bytes_up"]
         name = f"bytes up, bf16 sync of every step as a multiple of ours, {run.per_round} steps a round"
         figures.append(

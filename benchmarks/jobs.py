@@ -109,9 +109,7 @@ def make_shape(shape: str, tokenizer_of: Path, folder: Path, *, bf16: bool) -> P
     return folder
 
 
-def prepare(
-    folder: Path, model: Path, data: Path, size: Size, training: Mapping[str, Any], held_out: Path | None = None
-) -> Job:
+def prepare(folder: Path, model: Path, data: Path, size: Size, training: Mapping[str, Any]) -> Job:
     """Resolve the job as an owner's machine does, then set the fields of `training` in what was resolved."""
     from trainchain.cli.bring import Bringer
     from trainchain.cli.plan import resolve

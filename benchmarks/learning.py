@@ -9,19 +9,17 @@ Prints one JSON document on stdout. Exits 0 whatever it finds, 1 where a side di
 """
 
 import argparse
-import json
-import shutil
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import report
-from jobs import Job, Size, document_rows, longest, prepare, real_tokens
-from launch import OWN_PROCESS, SideFailedError, absent_peer, begin, log, run_side
+from jobs import Job, Size, longest, real_tokens
+from launch import OWN_PROCESS, SideFailedError, absent_peer, begin, log
+from runs import Runs
 
 from trainchain.core.errors import TrainChainError
 
@@ -68,6 +66,16 @@ class Plan:
         }
 
 
+class Run(NamedTuple):
+    side: str
+    seed: int
+    rate: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.side}-{self.seed}-{self.rate:g}"
+
+
 def main() -> int:
     begin("learning")
     plan, state = _arguments()
@@ -79,7 +87,7 @@ def main() -> int:
     code = 0
     with tempfile.TemporaryDirectory(prefix="trainchain-bench-", ignore_cleanup_errors=True) as temporary:
         try:
-            figures += study(Runs(plan, state or Path(temporary) / "state"), sides, more)
+            figures += study(Learned(plan, state or Path(temporary) / "state"), sides, more)
         except (SideFailedError, TrainChainError) as error:
             log.error("%s", error)
             figures.append(report.failure("a run", str(error)))
@@ -116,105 +124,75 @@ def _arguments() -> tuple[Plan, Path | None]:
     return plan, given.state.resolve() if given.state else None
 
 
-class Runs:
-    """Trains and scores, at most `side_by_side` at once; what is done lies in the state folder."""
+class Learned(Runs):
+    """One job a seed, trained by either side."""
 
     def __init__(self, plan: Plan, state: Path) -> None:
         self.plan = plan
-        self._state = state
-        state.mkdir(parents=True, exist_ok=True)
-        kept, wanted = state / "settings.json", json.dumps(asdict(plan), default=str, sort_keys=True)
-        if kept.exists() and kept.read_text(encoding="utf-8") != wanted:
-            raise SystemExit(f"{state} holds runs of other settings; name another folder.")
-        kept.write_text(wanted, encoding="utf-8")
+        super().__init__(
+            state,
+            asdict(plan),
+            side_by_side=plan.side_by_side,
+            threads=plan.threads,
+            limit_seconds=plan.limit_seconds,
+        )
         for name, first in (("tuning", plan.held_out_rows), ("result", 0)):
-            rows = document_rows(plan.model, plan.held_out, plan.sequence_len, first, plan.held_out_rows)
-            (state / f"{name}-rows.json").write_text(json.dumps(rows), encoding="utf-8")
+            part = (plan.held_out, first, plan.held_out_rows)
+            self.held_out(name, plan.model, part, length=plan.sequence_len)
 
     def job(self, seed: int) -> Job:
-        plan, job = self.plan, Job(self._state / f"seed-{seed}")
-        if not job.complete:
-            shutil.rmtree(job.folder, ignore_errors=True)
-            size = Size(plan.steps, plan.batch, plan.sequence_len, rounds=plan.rounds)
-            training = {
-                "micro_batch_size": 2 if plan.batch % 2 == 0 else 1,
-                "lr_scheduler": "cosine",
-                "warmup_steps": plan.warmup_steps,
-                "shard_warmup_steps": 0,
-                "max_grad_norm": 1.0,
-                "weight_decay": 0.0,
-                "precision": "fp32",
-                "seed": seed,
-            }
-            prepare(job.folder, plan.model, plan.train, size, training)
-        return job
-
-    def train(self, wanted: Sequence[tuple[str, int, float]]) -> None:
-        """Each (side, seed, rate) that has not run yet."""
-        for _, seed, _ in wanted:
-            self.job(seed)
-        with ThreadPoolExecutor(self.plan.side_by_side) as pool:
-            list(pool.map(lambda one: self._train(*one), wanted))
-
-    def _train(self, side: str, seed: int, rate: float) -> None:
-        name = f"{side}-{seed}-{rate:g}"
-        if self.result(side, seed, rate) is not None:
-            log.info("%s: done before", name)
-            return
-        common = {"job": str(self.job(seed).folder), "warm": 1, "steps": self.plan.total_steps}
-        schedule = {"schedule": "cosine", "warmup_steps": self.plan.warmup_steps, "learning_rate": rate}
-        specs: dict[str, dict[str, Any]] = {
-            OURS: {"side": "ours", "training": {"learning_rate": rate}},
-            TRL: {"side": "trl", "layout": "packed", "micro": 1, "stock": False, "seed": seed, **schedule},
+        plan = self.plan
+        training = {
+            "micro_batch_size": 2 if plan.batch % 2 == 0 else 1,
+            "lr_scheduler": "cosine",
+            "warmup_steps": plan.warmup_steps,
+            "shard_warmup_steps": 0,
+            "max_grad_norm": 1.0,
+            "weight_decay": 0.0,
+            "precision": "fp32",
+            "seed": seed,
         }
-        found = self._side(common | specs[side], name)
-        log.info("%s: trained, %.0f tokens/s", name, found["tokens_per_second"])
+        size = Size(plan.steps, plan.batch, plan.sequence_len, rounds=plan.rounds)
+        return self.prepared(f"seed-{seed}", plan.model, plan.train, size, training)
 
-    def result(self, side: str, seed: int, rate: float) -> dict[str, Any] | None:
-        path = self._state / f"{side}-{seed}-{rate:g}.json"
-        if not path.is_file():
-            return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+    def train(self, wanted: Sequence[Run]) -> None:
+        self.train_all({run.name: self._spec(run) for run in wanted})
 
-    def score(self, rows: str, wanted: Sequence[tuple[str, int, float]]) -> list[float]:
-        """Held-out losses of trained adapters, in order; the last is that of the base alone."""
+    def _spec(self, run: Run) -> dict[str, Any]:
+        common = {"job": str(self.job(run.seed).folder), "warm": 1, "steps": self.plan.total_steps}
+        if run.side == OURS:
+            return common | {"side": "ours", "training": {"learning_rate": run.rate}}
+        schedule = {"schedule": "cosine", "warmup_steps": self.plan.warmup_steps, "learning_rate": run.rate}
+        return common | schedule | {"side": "trl", "layout": "packed", "micro": 1, "stock": False, "seed": run.seed}
+
+    def score(self, rows: str, wanted: Sequence[Run]) -> dict[str, float]:
+        """Held-out losses of trained adapters by their runs' names, and that of the base alone."""
         job = self.job(0)
-        adapters = {"base": str(job.start)}
-        for one in wanted:
-            found = self.result(*one)
-            adapters[str(one)] = found["adapter"] if found else ""
-        spec = {"side": "score", "job": str(job.folder), "rows": str(self._state / f"{rows}-rows.json")}
-        losses = self._side(spec | {"adapters": adapters}, f"score-{rows}")["losses"]
-        for one in wanted:
-            log.info("%s seed %d, rate %g: held-out loss %.4f on the %s rows", *one, losses[str(one)], rows)
-        return [*(float(losses[str(one)]) for one in wanted), float(losses["base"])]
-
-    def _side(self, spec: dict[str, Any], name: str) -> dict[str, Any]:
-        return run_side({"threads": self.plan.threads} | spec, self._state, name, self.plan.limit_seconds)
+        adapters = {run.name: self.result(run.name)["adapter"] for run in wanted}
+        return self.score_all(rows, job, {"base": str(job.start)} | adapters)
 
 
-def study(runs: Runs, sides: Sequence[str], more: dict[str, Any]) -> list[report.Figure]:
+def study(runs: Learned, sides: Sequence[str], more: dict[str, Any]) -> list[report.Figure]:
     """Tune on seed 0, train the other seeds at each side's best rate, and compare."""
     plan = runs.plan
-    grid = [(side, 0, rate) for side in reversed(sides) for rate in plan.grid]  # the slower side first
+    grid = [Run(side, 0, rate) for side in reversed(sides) for rate in plan.grid]  # the slower side first
     runs.train(grid)
-    tuned = dict(zip(grid, runs.score("tuning", grid), strict=False))
-    best = {side: min(plan.grid, key=lambda rate: tuned[side, 0, rate]) for side in sides}
-    more["tuning"] = {side: {f"{rate:g}": round(tuned[side, 0, rate], 5) for rate in plan.grid} for side in sides}
-    final = [(side, seed, best[side]) for side in reversed(sides) for seed in range(plan.seeds)]
+    losses = runs.score("tuning", grid)
+    tuned = {side: {run.rate: losses[run.name] for run in grid if run.side == side} for side in sides}
+    best = {side: min(found, key=found.__getitem__) for side, found in tuned.items()}
+    more["tuning"] = {side: {f"{rate:g}": round(loss, 5) for rate, loss in tuned[side].items()} for side in sides}
+    final = [Run(side, seed, best[side]) for side in reversed(sides) for seed in range(plan.seeds)]
     runs.train(final)
-    *losses, before = runs.score("result", final)
-    by_side = {side: [loss for one, loss in zip(final, losses, strict=True) if one[0] == side] for side in sides}
+    losses = runs.score("result", final)
+    by_side = {side: [losses[run.name] for run in final if run.side == side] for side in sides}
     trained = runs.job(0).steps()[: plan.total_steps]
-    found = {one: runs.result(*one) or {} for one in final}
     more["tokens_per_second"] = {
-        side: [round(result["tokens_per_second"], 1) for one, result in found.items() if one[0] == side]
+        side: [round(runs.result(run.name)["tokens_per_second"], 1) for run in final if run.side == side]
         for side in sides
     }
     figures = [
         report.Figure("tokens trained, seed 0", sum(real_tokens(step) for step in trained), "tokens"),
-        report.Figure("held-out loss before", round(before, 5), "nats/token"),
+        report.Figure("held-out loss before", round(losses["base"], 5), "nats/token"),
     ]
     for side in sides:
         edge = ", the edge of the grid" if best[side] in (min(plan.grid), max(plan.grid)) else ""

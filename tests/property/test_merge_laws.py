@@ -11,7 +11,8 @@ from tests.fixtures_merge import PLAIN_MERGE
 from trainchain.core.adapter import Adapter
 from trainchain.core.errors import TrainChainError
 from trainchain.core.merge import lowrank
-from trainchain.core.merge.lowrank import Dense, Factors, Matrix, leading, stack
+from trainchain.core.merge.gauge import aligned
+from trainchain.core.merge.lowrank import Dense, Factors, Matrix, balanced, leading, stack
 from trainchain.core.merge.robust import COPY
 from trainchain.core.merge.updates import Merged, Update
 from trainchain.core.merge.updates import merge as merge_by
@@ -48,6 +49,10 @@ def end(start: Adapter, change: Adapter) -> dict[str, Matrix]:
 
 def off(found: Matrix, wanted: Matrix) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def distance_to(found: Factors, other: Adapter) -> float:
+    return float(np.linalg.norm(found.b - other[B]) ** 2 + np.linalg.norm(found.a - other[A]) ** 2)
 
 
 @settings(deadline=None, max_examples=60)
@@ -106,6 +111,66 @@ def test_turned_factors_of_the_same_product_merge_alike(seed: int, size: tuple[i
     other = merge("product-mean", start, [given_[0]._replace(delta=turned), *given_[1:]]).adapter
 
     assert off(product(other), product(one)) < 1e-5
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, size=sizes, scales=st.tuples(st.integers(-6, 1), st.integers(-3, 1)))
+def test_of_all_factors_of_a_product_the_nearest_are_found(
+    seed: int, size: tuple[int, int, int], scales: tuple[int, int]
+) -> None:
+    tensors = adapter(np.random.default_rng(seed), size)
+    wide = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+    like = Factors(wide[B] * 10.0 ** scales[0], wide[A] * 10.0 ** scales[1])
+
+    found = aligned(balanced(leading(like, size[0])), like)
+
+    assert off(found.b @ found.a, like.b @ like.a) < 1e-9
+    assert off(np.vstack([found.b, found.a.T]), np.vstack([like.b, like.a.T])) < 1e-4
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, size=sizes, moved=st.floats(0.001, 0.3))
+def test_factors_are_nearer_than_those_that_the_product_came_from(
+    seed: int, size: tuple[int, int, int], moved: float
+) -> None:
+    random = np.random.default_rng(seed)
+    one, other = adapter(random, size), adapter(random, size)
+    like = {name: one[name] + np.float32(moved) * other[name] for name in one}
+    came = Factors(one[B].astype(np.float64), one[A].astype(np.float64))
+
+    found = aligned(balanced(leading(came, size[0])), Factors(like[B], like[A]))
+
+    assert off(found.b @ found.a, product(one)) < 1e-9
+    assert distance_to(found, like) <= distance_to(came, like) * (1 + 1e-3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, size=sizes, count=st.integers(1, 5))
+def test_copies_merge_to_their_own_factors(seed: int, size: tuple[int, int, int], count: int) -> None:
+    random = np.random.default_rng(seed)
+    start, change = adapter(random, size), adapter(random, size)
+
+    merged = merge("product-mean", start, [Update(f"{at:064x}", at + 1, change) for at in range(count)]).adapter
+
+    for name, ended in end(start, change).items():
+        np.testing.assert_allclose(merged[name], ended, atol=1e-3 * float(np.abs(ended).max()))
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, size=sizes, longer=st.floats(0.05, 20.0))
+def test_one_who_came_by_other_factors_pulls_no_others(seed: int, size: tuple[int, int, int], longer: float) -> None:
+    """Two of three came by the same factors: the median is theirs."""
+    random = np.random.default_rng(seed)
+    start, change = adapter(random, size), adapter(random, size)
+    ended = end(start, change)
+    turn, _ = np.linalg.qr(random.normal(size=(size[0], size[0])))
+    other = {A: longer * turn @ ended[A] - start[A], B: ended[B] @ turn.T / longer - start[B]}
+    given_ = [Update("0" * 64, 1, change), Update("1" * 64, 1, change), Update("2" * 64, 1, other)]
+
+    merged = merge("product-mean", start, given_).adapter
+
+    for name, tensor in ended.items():
+        np.testing.assert_allclose(merged[name], tensor, atol=1e-3 * float(np.abs(tensor).max()))
 
 
 @settings(deadline=None, max_examples=60)

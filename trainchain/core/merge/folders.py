@@ -112,7 +112,7 @@ def _merged(
             drops = [int(sha256(module.encode() + b + a)[:16], 16) for (b, a), *_ in each] if method == "dare" else []
             rooms = np.split(room, np.cumsum([adapter.count(module) for *_, adapter in each]))
             factors = [adapter.factors(raw, module, own) for (raw, *_, adapter), own in zip(each, rooms, strict=False)]
-            like = factors[0].a if factors[0].rank == rank else None
+            like = factors[0] if factors[0].rank == rank else None
             wanted = Wanted(rank, like=like, density=density, seeds=drops)
             found, error = METHODS[method]([share for _, _, share, _ in each], factors, wanted)
             yield module, _padded(Factors(found.b / scale, found.a), rank), error

@@ -10,15 +10,16 @@ from typing import NamedTuple
 import numpy as np
 
 from trainchain.core.errors import TrainChainError
+from trainchain.core.merge.gauge import aligned
 from trainchain.core.merge.lowrank import Dense, Factors, Leading, Matrix, balanced, distance, leading, stack
 
 
 class Wanted(NamedTuple):
-    """What a result is to be like: its rank, the A it is turned to, and for the methods that sparsify the share of
-    numbers that stay and the number their choice follows from."""
+    """What a result is to be like: its rank, the factors it is to be near to, and for the methods that sparsify the
+    share of numbers that stay and the number their choice follows from."""
 
     rank: int
-    like: Matrix | None = None
+    like: Factors | None = None
     density: float = 0.2
     seeds: Sequence[int] = ()
 
@@ -50,14 +51,14 @@ def factor_mean(weights: Sequence[float], factors: Sequence[Factors], wanted: Wa
 def product_mean(weights: Sequence[float], factors: Sequence[Factors], wanted: Wanted) -> tuple[Factors, float]:
     """The best factors of the wanted rank of the mean of B·A (FlexLoRA's average, arXiv 2402.11505).
 
-    Singular values are shared evenly by B and A, then both are turned by the rotation that brings A closest to
-    `wanted.like`. That is the round's start and not the mean of the A: a contribution then enters by its product
-    alone, so nobody gains or harms by turning his factors against each other. Where the product has less than the
-    rank (B may still be 0), the strongest directions of that A that it lacks are kept with zero columns in B:
+    A contribution enters the product by its own alone, so nobody gains or harms by turning his factors against each
+    other. Of that product's factors those come out that are nearest to `wanted.like`. Where the product has less than
+    the rank (B may still be 0), the strongest directions of that A that it lacks are kept with zero columns in B:
     training goes on.
     """
     found = leading(stack(weights, factors), wanted.rank)
-    return turned(_filled(found, wanted), wanted.like), _lost(found)
+    best = _filled(found, wanted)
+    return aligned(best, wanted.like) if wanted.like else best, _lost(found)
 
 
 def stacking(weights: Sequence[float], factors: Sequence[Factors], wanted: Wanted) -> tuple[Factors, float]:
@@ -111,21 +112,12 @@ METHODS: dict[str, MergeMethod] = {
 }
 
 
-def turned(factors: Factors, like: Matrix | None) -> Factors:
-    """The same product, with A as near to `like` as a rotation brings it (orthogonal Procrustes)."""
-    if like is None or like.shape != factors.a.shape:
-        return factors
-    u, _, vt = np.linalg.svd(like @ factors.a.T)
-    turn = u @ vt
-    return Factors(factors.b @ turn.T, turn @ factors.a)
-
-
 def _filled(found: Leading, wanted: Wanted) -> Factors:
     """`balanced`, with the wanted rank where there is a reference to take the missing rows from."""
     made, lacks = balanced(found), wanted.rank - len(found.s)
     if not lacks or wanted.like is None:
         return made
-    rest = wanted.like - (wanted.like @ found.vt.T) @ found.vt
+    rest = wanted.like.a - (wanted.like.a @ found.vt.T) @ found.vt
     _, s, vt = np.linalg.svd(rest, full_matrices=False)
     b, a = np.zeros((made.b.shape[0], wanted.rank)), np.zeros((wanted.rank, made.a.shape[1]))
     b[:, : made.rank], a[: made.rank] = made.b, made.a

@@ -142,14 +142,21 @@ def outer_step(way: Merge, start: Adapter, merged: Merged) -> OuterStep:
 
 
 def _merge_module(way: Merge, begin: Factors, parts: Sequence[float], ends: Sequence[Factors]) -> tuple[Factors, float]:
-    wanted = Wanted(begin.rank, like=begin.a)
     if way.rule in COORDINATES:
+        wanted = Wanted(begin.rank, like=begin)
         found = COORDINATES[way.rule](ends, wanted)
         return found, distance(found, stack(parts, ends))
+    heard = [end for part, end in zip(parts, ends, strict=True) if part > 0]
+    wanted = Wanted(begin.rank, like=_middle(heard))
     left = 1.0 - math.fsum(parts)
     if left > ROUNDING:  # an update that is clipped to a share of itself leaves the rest of its weight to the start
         parts, ends = [*parts, left], [*ends, begin]
     return METHODS[way.method](parts, ends, wanted)
+
+
+def _middle(ends: Sequence[Factors]) -> Factors:
+    """Number by number the median: where training went, and one who came by other factors pulls it nowhere."""
+    return Factors(np.median([end.b for end in ends], axis=0), np.median([end.a for end in ends], axis=0))
 
 
 def _judged(begins: Mapping[str, Factors], updates: Sequence[Update]) -> Judged:
