@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainchain.core.adapter import Adapter, tensor_bytes
-from trainchain.core.encodings import BITS, BLOCK, ENCODINGS, SPREAD, decode, encode, encoded_size, ideal_size
+from trainchain.core.encodings import BITS, BLOCK, ENCODINGS, LEAST, SPREAD, decode, encode, encoded_size, ideal_size
 from trainchain.core.errors import TrainChainError
 from trainchain.core.segments import Moments
 
@@ -129,10 +129,22 @@ def test_a_block_that_could_be_written_with_a_smaller_scale_is_refused() -> None
     assert {refused(data, "int4", made) for data in (halves, nothing, lowest)} == {"delta.not_canonical"}
 
 
+@pytest.mark.parametrize("encoding", sorted(BITS))
+@settings(deadline=None, max_examples=200)
+@given(share=st.floats(0.99, 1.02))
+def test_a_block_that_is_nearly_nothing_has_one_form_too(encoding: str, share: float) -> None:
+    """A hub that could not read its own step would never come to the end of a round."""
+    made = {"a": np.array([[share * LEAST, 0.0]], np.float32)}
+
+    data = encode(made, encoding)
+
+    assert encode(decode(data, encoding, shapes(made)).delta, encoding) == data
+
+
 @pytest.mark.parametrize("bits", [0x7F80, 0x7FC0, 0xFF80])
 def test_a_scale_that_is_no_number_is_refused(bits: int) -> None:
     made = {"a": np.ones((1, 2), np.float32)}
-    data = tensor_bytes({"codes": np.array([0x9F], np.uint8), "scales": np.array([bits], "<u2")})
+    data = tensor_bytes({"codes": np.array([0x8F], np.uint8), "scales": np.array([bits], "<u2")})
 
     assert refused(data, "int4", made) == "delta.not_finite"
 

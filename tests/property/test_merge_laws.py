@@ -3,7 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -130,6 +130,7 @@ def test_of_all_factors_of_a_product_the_nearest_are_found(
 
 @settings(deadline=None, max_examples=60)
 @given(seed=seeds, size=sizes, moved=st.floats(0.001, 0.3))
+@example(seed=862, size=(4, 16, 6), moved=0.20271317330468208)
 def test_factors_are_nearer_than_those_that_the_product_came_from(
     seed: int, size: tuple[int, int, int], moved: float
 ) -> None:
@@ -347,3 +348,19 @@ def test_no_rule_sees_who_came_first(
 
     assert all(one.adapter[name].tobytes() == other.adapter[name].tobytes() for name in start)
     assert one.shares == other.shares
+
+
+@pytest.mark.parametrize("size", [(8, 5, 3), (8, 3, 5), (4, 1, 9), (4, 9, 1)])
+@pytest.mark.parametrize("full", [True, False])
+def test_a_rank_above_what_a_module_can_have_keeps_its_shapes(size: tuple[int, int, int], full: bool) -> None:
+    """The next round starts from tensors of the same shapes, whatever the product's rank."""
+    random = np.random.default_rng(0)
+    start, given_ = adapter(random, size, fresh=True), updates(random, size, 2)
+    for update in given_:
+        update.delta[B][1:] *= full
+
+    merged = merge("product-mean", start, given_)
+
+    assert {name: tensor.shape for name, tensor in merged.adapter.items()} == {A: start[A].shape, B: start[B].shape}
+    wanted = sum(update.weight * product(end(start, update.delta)) for update in given_)
+    assert off(product(merged.adapter), wanted / sum(update.weight for update in given_)) < 1e-6

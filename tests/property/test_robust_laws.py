@@ -20,11 +20,13 @@ def start(random: np.random.Generator) -> Factors:
     return Factors(random.normal(size=(OUT, RANK)), random.normal(size=(RANK, IN)))
 
 
-def honest(random: np.random.Generator, begin: Factors, count: int, *, length: float = 0.1) -> list[Factors]:
+def honest(
+    random: np.random.Generator, begin: Factors, count: int, *, length: float = 0.1, cosine: float = HONEST
+) -> list[Factors]:
     """Ends of a round: what all have in common, and what each one's shard taught it alone."""
     shared = start(random)
     own = [start(random) for _ in range(count)]
-    w, u = HONEST**0.5, (1 - HONEST) ** 0.5
+    w, u = cosine**0.5, (1 - cosine) ** 0.5
     return [
         Factors(begin.b + length * (w * shared.b + u * o.b), begin.a + length * (w * shared.a + u * o.a)) for o in own
     ]
@@ -136,6 +138,18 @@ def test_a_copy_drives_nobody_out(seed: int, count: int, data: st.DataObject) ->
 
 
 @settings(deadline=None, max_examples=60)
+@given(seed=seeds, data=st.data())
+def test_of_three_a_copy_drives_nobody_out(seed: int, data: st.DataObject) -> None:
+    random = np.random.default_rng(seed)
+    begin = start(random)
+    good = honest(random, begin, 2, cosine=0.7)
+
+    shares = judge("gate", begin, data.draw(st.permutations([good[0], *good])))
+
+    assert sorted(share.weight for share in shares) == [0.5, 0.5, 1.0]
+
+
+@settings(deadline=None, max_examples=60)
 @given(seed=seeds, attack=st.sampled_from(sorted(ATTACKS)))
 def test_who_is_left_out_leaves_no_trace(seed: int, attack: str) -> None:
     random = np.random.default_rng(seed)
@@ -152,7 +166,7 @@ def test_who_is_left_out_leaves_no_trace(seed: int, attack: str) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(seed=seeds, attack=st.sampled_from(sorted(ATTACKS)), crew=st.sampled_from([(4, 1), (8, 2)]))
+@given(seed=seeds, attack=st.sampled_from(sorted(ATTACKS)), crew=st.sampled_from([(3, 1), (4, 1), (8, 2)]))
 def test_the_honest_may_be_of_one_mind(seed: int, attack: str, crew: tuple[int, int]) -> None:
     """However alike they are, they are no copies of each other, and outweigh who is not."""
     random = np.random.default_rng(seed)

@@ -290,6 +290,12 @@ def test_leave_one_out_needs_data_to_measure_on() -> None:
     assert (found.merge.leave_one_out, read(GOOD).merge.leave_one_out, found.merge.spares) == (0.02, None, 0.1)
 
 
+def test_moments_are_handed_on_only_where_a_step_from_them_has_a_bound() -> None:
+    """Else any delta at all would be within a worker's reach."""
+    assert "needs an `adam_beta2` above" in refusal(with_line("adam_beta2: 0.8")).message
+    assert read(with_line("adam_beta2: 0.8\nmerge: {moments: fresh}")).adam_beta2 == 0.8
+
+
 @pytest.mark.parametrize("key", ["name", "base_model", "datasets", "rounds", "shards", "steps", "pay"])
 def test_a_missing_key_is_named(key: str) -> None:
     text = "".join(line + "\n" for line in GOOD.splitlines() if not line.startswith(f"{key}:"))

@@ -28,7 +28,7 @@ Float = NDArray[np.float32]
 
 BLOCK = 64
 LEAST = 2.0**-100
-"""A block none of whose numbers reaches this is zero: no scale is subnormal."""
+"""A block whose furthest number would come back below this is zero: no scale is subnormal."""
 SPREAD = 2.0**-8
 """A block's furthest number can come back by this share further from zero."""
 GRID, ONE = 3, 200
@@ -94,6 +94,12 @@ def decode(data: bytes, encoding: str, shapes: Shapes, *, moments: bool = False)
     return Decoded(delta, with_)
 
 
+def rank_one(v: Mapping[str, NDArray[Any]]) -> Adapter:
+    """What is left of a second moment that has travelled."""
+    factors = _factored(v)
+    return _products(factors[ROWS], factors[COLUMNS], {name: tensor.shape for name, tensor in v.items()})
+
+
 def encoded_size(encoding: str, shapes: Shapes, *, moments: bool = False) -> int:
     """How many bytes every delta of these shapes has."""
     layout = _layout(encoding, shapes, moments)
@@ -154,7 +160,7 @@ def _stored(tensors: Mapping[str, Float], encoding: str) -> dict[str, NDArray[An
     return {"codes": codes, "scales": scales}
 
 
-def _factored(v: Mapping[str, Float]) -> dict[str, NDArray[np.uint8]]:
+def _factored(v: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.uint8]]:
     rows, columns = [], []
     for name in sorted(v):
         wide = np.asarray(v[name], np.float64).reshape(len(v[name]), -1)
@@ -196,8 +202,8 @@ def _blocks(tensor: Float, bits: int) -> tuple[NDArray[Any], NDArray[np.uint16]]
     flat = np.ravel(tensor).astype(np.float32)
     blocks = np.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
     furthest = np.abs(blocks).max(axis=1, initial=0.0)
-    least = np.where(furthest < LEAST, np.float32(0), furthest / np.float32(top))
-    scales = bf16(least)
+    scales = bf16(furthest / np.float32(top))
+    scales[from_bf16(scales) * np.float32(top) < LEAST] = 0
     wide = from_bf16(scales)[:, None]
     codes = (
         np.rint(np.divide(blocks, wide, out=np.zeros_like(blocks), where=wide > 0)).astype(np.int8).ravel()[: flat.size]
@@ -224,7 +230,7 @@ def _numbers(raw: Mapping[str, NDArray[Any]], encoding: str, shapes: Shapes) -> 
         if encoding == "int4":
             mine = np.stack([mine & 15, mine >> 4], axis=1).ravel()[:count].astype(np.int8) - np.int8(8)
         wide = np.repeat(scales[block : block + blocks], BLOCK)[:count]
-        with np.errstate(over="ignore"):  # who is to believe it looks for infinity
+        with np.errstate(over="ignore", invalid="ignore"):  # who is to believe it looks for infinity and NaN
             delta[name] = (mine.astype(np.float32) * wide).reshape(shapes[name])
         code, block = code + size, block + blocks
     return delta

@@ -212,7 +212,7 @@ class Recipe(_Strict):
     """An eighth of `steps`, rounded up, when left out."""
     round_deadline: Seconds = 30 * 60
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.75
-    merge: MergeEntry = MergeEntry()
+    merge: Annotated[MergeEntry, Field(validate_default=True)] = MergeEntry()
     access: AccessEntry = AccessEntry()
     hub_model_id: Annotated[str, Field(min_length=1, max_length=300)] | None = None
     """Where the merged adapter is pushed: `me/name` or `hf://me/name` on Hugging Face, or `azureml:name`."""
@@ -222,10 +222,12 @@ class Recipe(_Strict):
 
     @field_validator("merge")
     @classmethod
-    def _measured(cls, value: MergeEntry, info: ValidationInfo) -> MergeEntry:
-        if value.leave_one_out is None or info.data.get("test_datasets"):
-            return value
-        raise ValueError("`leave_one_out` needs `test_datasets`: it goes by the held-out loss")
+    def _can_be(cls, value: MergeEntry, info: ValidationInfo) -> MergeEntry:
+        if value.leave_one_out is not None and not info.data.get("test_datasets"):
+            raise ValueError("`leave_one_out` needs `test_datasets`: it goes by the held-out loss")
+        if value.moments == "merged" and info.data.get("adam_beta1", 0.0) ** 2 >= info.data.get("adam_beta2", 1.0):
+            raise ValueError("`moments: merged` needs an `adam_beta2` above `adam_beta1` squared: no step has a bound")
+        return value
 
     @field_validator("fp16")
     @classmethod

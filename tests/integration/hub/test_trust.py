@@ -5,11 +5,12 @@ import pytest
 from tests.fixtures_hub import Person, Town, numbers
 from trainchain.chain import eip712
 from trainchain.cli import wiring
-from trainchain.core.adapter import adapter_bytes
+from trainchain.core.adapter import adapter_bytes, read_adapter
 from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import schema
 from trainchain.core.hub.leases import MAX_HELD
+from trainchain.core.merge.updates import Update, merge, outer_step
 
 
 def test_a_cancelled_job_lends_nothing_and_pays_what_was_held(town: Town, anna: Person, ben: Person) -> None:
@@ -140,3 +141,59 @@ def test_who_trains_does_not_see_what_the_job_is_judged_by(town: Town, anna: Per
     assert anna.fetch(train) == job.files["train-0.jsonl"]
     assert anna.get(f"/v1/objects/{held_out}").json()["code"] == "object.unknown"
     assert job.owner.fetch(held_out) == evaluator.fetch(held_out) == job.files["held-out.jsonl"]
+
+
+def test_bytes_that_go_while_they_are_judged_are_not_accepted(
+    town: Town, anna: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a worker stops a job for good: what was accepted could never be merged."""
+    job = town.publish(rounds=1, shards=1)
+    lease = anna.must_lease(job)
+    first, second = adapter_bytes(numbers(1)), adapter_bytes(numbers(2))
+    anna.upload(lease, first).raise_for_status()
+    sign = town.port.sign
+
+    def upload_and_sign(kind: str, fields: dict[str, object]) -> str:
+        monkeypatch.undo()
+        anna.upload(lease, second).raise_for_status()
+        return sign(kind, fields)
+
+    monkeypatch.setattr(town.port, "sign", upload_and_sign)
+    answer = anna.hand_in(lease, anna.signed(anna.message(lease, first)))
+
+    assert answer.json()["code"] == "delta.missing"
+    anna.contribute(lease, second).raise_for_status()
+    town.tick()
+    assert job.state == "settled"
+
+
+def test_a_delta_of_another_job_must_be_uploaded_for_this_one(town: Town, anna: Person, ben: Person) -> None:
+    """The other job may drop its bytes before this one merges."""
+    job, other = town.publish(rounds=1, shards=1), town.publish(rounds=1, shards=1)
+    delta = adapter_bytes(numbers(3))
+    ben.upload(ben.must_lease(other), delta).raise_for_status()
+    lease = anna.must_lease(job)
+
+    assert anna.hand_in(lease, anna.signed(anna.message(lease, delta))).json()["code"] == "delta.missing"
+    assert anna.contribute(lease, delta).status_code == 200
+
+
+def test_what_a_worker_uploaded_first_is_the_hub_s_once_it_is_merged(town: Town, anna: Person, ben: Person) -> None:
+    """Who contributes all of a round knows its outer step, and could have it forgotten as an upload nobody took."""
+    job = town.publish(rounds=2, shards=2, quorum=0.5, round_deadline=60)
+    lease, unused = anna.must_lease(job), ben.must_lease(job)
+    delta = numbers(4)
+    start = read_adapter(anna.fetch(lease["start"]))
+    step = outer_step(job.recipe.merge, start, merge(job.recipe.merge, start, [Update("a", 1, delta)]))
+    ben.upload(unused, step.data).raise_for_status()
+    anna.contribute(lease, delta).raise_for_status()
+    town.clock.forward(61)
+    town.tick()
+    anna.contribute(anna.must_lease(job)).raise_for_status()
+    town.tick()
+    anna.work(job)
+    town.tick()
+
+    assert job.round(1)["outer_step"] == sha256(step.data)
+    assert job.round(2)["state"] == "merged"
+    assert anna.fetch(sha256(step.data)) == step.data

@@ -98,7 +98,7 @@ def contribute(hub: Hub, worker: str, lease_id: str, signed: SignedContribution)
         )
     size = hub.objects.size(delta)
     if size is None:
-        raise TrainChainError("delta.missing", f"No bytes were uploaded as {delta}.", hint="Upload the delta first.")
+        raise _missing(delta)
     if size > checks.delta_cap(recipe, hub.shapes(job)):
         raise TrainChainError("delta.too_large", f"The delta has {size} bytes.")
     checks.read_delta(hub.objects.get(delta), recipe, hub.shapes(job), lease["round"])
@@ -143,6 +143,9 @@ def _accept(hub: Hub, lease: Row, delta: str, signed: SignedContribution, reward
             raise TrainChainError("shard.already_accepted", f"Shard {lease['shard']} is already accepted.")
         if one(db, schema.contributions, job=lease["job"], delta=delta) is not None:
             raise TrainChainError("contribution.repeat", "The same bytes were already accepted for another shard.")
+        # Another upload under this lease may have taken its place since it was read.
+        if one(db, schema.objects, job=lease["job"], digest=delta) is None or hub.objects.size(delta) is None:
+            raise _missing(delta)
         late = round_["state"] != Round.OPEN
         merged_in = lease["round"] + late if lease["round"] + late <= hub.recipe(job).rounds else None
         data = {"worker": lease["worker"], "reward": str(reward), "merged_in": merged_in}
@@ -166,6 +169,10 @@ def _accept(hub: Hub, lease: Row, delta: str, signed: SignedContribution, reward
                 merged_in=merged_in,
             )
         )
+
+
+def _missing(delta: str) -> TrainChainError:
+    return TrainChainError("delta.missing", f"No bytes were uploaded as {delta}.", hint="Upload the delta first.")
 
 
 def publish_round(db: Connection, job_id: str, round_: int, *, public: bool) -> list[str]:

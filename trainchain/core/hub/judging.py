@@ -8,15 +8,13 @@ the table of evaluations, the candidates are objects: a hub that was killed goes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from sqlalchemy import Connection, delete, insert, select, update
 
 from trainchain.core.adapter import Adapter
 from trainchain.core.hub import schema
 from trainchain.core.hub.service import Hub
 from trainchain.core.hub.store import Row, one, record
-from trainchain.core.merge.robust import inner_products
-from trainchain.core.merge.updates import Update, factors_of, modules_of
+from trainchain.core.merge.updates import Update, likeness
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.states import Evaluation, Round
 
@@ -94,22 +92,8 @@ def _can_lose_one(candidate: Candidate) -> bool:
 
 def oddest(start: Adapter, updates: Sequence[Update], wanted: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Of all that could be left out next, those that are least like what the others add up to."""
-    inner = np.zeros((len(updates), len(updates)))
-    for module in modules_of(start):
-        begin = factors_of(start, module)
-        ends = [factors_of(_end(start, update.delta), module) for update in updates]
-        inner += inner_products(begin, ends)
-    weights = np.array([update.weight for update in updates])
-    own, whole = np.diag(inner), inner @ weights
-    rest = weights @ whole - 2 * weights * whole + weights**2 * own
-    lengths = np.sqrt(np.maximum(own * rest, 0))
-    cosine = np.divide(whole - own * weights, lengths, out=np.zeros(len(updates)), where=lengths > 0)
-    likeness = {update.digest: float(found) for update, found in zip(updates, cosine, strict=True)}
-    return sorted(wanted, key=lambda left_out: (likeness[left_out[-1]], left_out))[:MOST_TRIED]
-
-
-def _end(start: Adapter, delta: Adapter) -> Adapter:
-    return {name: tensor + delta[name] for name, tensor in start.items()}
+    found = likeness(start, updates)
+    return sorted(wanted, key=lambda left_out: (found[left_out[-1]], left_out))[:MOST_TRIED]
 
 
 def look(hub: Hub, recipe: ResolvedRecipe, round_: Row) -> Verdict:
@@ -169,14 +153,14 @@ def settle(db: Connection, round_: Row, chosen: Candidate) -> list[str]:
 
 
 def name_objects(db: Connection, job: str, candidate: Candidate, *, public: bool) -> None:
-    """Write down the objects of a candidate, or that they are public now."""
+    """Write down the objects of a candidate, or that they are public now: no worker's upload any more, if one was."""
     for digest, size in candidate.sizes.items():
         here = {"digest": digest, "job": job}
-        if one(db, schema.objects, **here) is None:
+        if (row := one(db, schema.objects, **here)) is None:
             db.execute(insert(schema.objects).values(size=size, public=public, present=True, **here))
-        elif public:
+        else:
             given = (schema.objects.c.job == job, schema.objects.c.digest == digest)
-            db.execute(update(schema.objects).where(*given).values(public=True))
+            db.execute(update(schema.objects).where(*given).values(public=row["public"] or public, lease=None))
 
 
 def _of(round_: Row) -> Any:

@@ -162,7 +162,8 @@ def merge_round(hub: Hub, job: Row, round_: Row, left_out: Collection[str] = ())
         if row["delta"] not in left_out
     ]
     before = _start_before(hub, round_) if recipe.merge.outer_momentum else None
-    adam = Adam(training.adam_beta1, training.adam_beta2, round_["round"] * recipe.steps)
+    steps = round_["round"] * recipe.steps
+    adam = Adam(training.adam_beta1, training.adam_beta2, steps, training.max_grad_norm)
     return merge(recipe.merge, read_adapter(hub.objects.get(round_["start"])), updates, before=before, adam=adam)
 
 

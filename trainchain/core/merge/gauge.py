@@ -19,17 +19,17 @@ def aligned(factors: Factors, like: Factors) -> Factors:
     """The same product, all numbers of B and A together as near to `like`'s as an invertible matrix between the two
     brings them: Procrustes' problem over GL(r). Other shapes are left as they are.
 
-    Begins with one scale and the rotation that brings A closest, and goes on by Gauss-Newton: to first order the best
-    step from (B, A) to (B(I + X), (I + X)^-1 A) solves a Sylvester equation of two symmetric matrices. It all happens
-    in the spans of B and A, on matrices of r by r.
+    Begins with one scale and the rotation that then brings both closest, and goes on by Gauss-Newton: to first order
+    the best step from (B, A) to (B(I + X), (I + X)^-1 A) solves a Sylvester equation of two symmetric matrices. It all
+    happens in the spans of B and A, on matrices of r by r.
     """
     if like.rank != factors.rank or like.shape != factors.shape or not (like.a.any() and factors.a.any()):
         return factors
     basis_b, b = np.linalg.qr(factors.b)
     basis_a, a = np.linalg.qr(factors.a.T)
     want_b, want_a = basis_b.T @ like.b, like.a @ basis_a
-    u, _, vt = np.linalg.svd(want_a @ a)
     longer = np.linalg.norm(like.a) / np.linalg.norm(a)
+    u, _, vt = np.linalg.svd(longer * want_a @ a + want_b.T @ b / longer)
     turn, back = longer * (u @ vt), (u @ vt).T / longer
     b, a = b @ back, turn @ a.T
     off = _off(b - want_b, a - want_a)

@@ -119,8 +119,11 @@ def _filled(found: Leading, wanted: Wanted) -> Factors:
         return made
     rest = wanted.like.a - (wanted.like.a @ found.vt.T) @ found.vt
     _, s, vt = np.linalg.svd(rest, full_matrices=False)
-    b = np.hstack([made.b, np.zeros((made.b.shape[0], lacks))])
-    return Factors(b, np.vstack([made.a, s[:lacks, None] * vt[:lacks]]))
+    b, a = np.zeros((made.b.shape[0], wanted.rank)), np.zeros((wanted.rank, made.a.shape[1]))
+    b[:, : made.rank], a[: made.rank] = made.b, made.a
+    kept = min(lacks, len(s))  # fewer where the rank is above what the module has columns for
+    a[made.rank : made.rank + kept] = s[:kept, None] * vt[:kept]
+    return Factors(b, a)
 
 
 def _low(dense: Matrix, wanted: Wanted) -> tuple[Factors, float]:

@@ -5,6 +5,7 @@ products of all such updates, which take no dense matrix. So turning factors aga
 A rule changes the merge, never the pay.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from trainchain.core.merge.methods import Wanted, product_mean
 
 COPY = "a copy"
 """Why an update that is another one's copy does not have its whole weight."""
+CLIPPED = "clipped"
 ALIKE = 0.3
 """Two updates are one, and share the weight of the heavier, where their cosine lacks less than this share of what is
 usual of one: honest updates of a round are about as unlike each other as any two of them."""
@@ -66,7 +68,7 @@ def plain(judged: Judged) -> list[Share]:
 def clip(judged: Judged) -> list[Share]:
     """No update longer than the round's median; copies share one weight (Sybils gain nothing, FoolsGold's concern,
     arXiv 1808.04866)."""
-    lengths = _lengths(judged.inner)
+    lengths = lengths_of(judged.inner)
     longest = float(np.median(lengths))
     scales = np.minimum(1.0, np.divide(longest, lengths, out=np.ones_like(lengths), where=lengths > 0))
     alike = _alike(judged.inner)
@@ -75,7 +77,7 @@ def clip(judged: Judged) -> list[Share]:
         group = np.flatnonzero(alike[at]).tolist()
         heaviest, together = max(judged.weights[k] for k in group), sum(judged.weights[k] for k in group)
         weight = heaviest / together if len(group) > 1 else 1.0
-        shares.append(Share(weight, float(scale), COPY if len(group) > 1 else "clipped" if scale < 1 else ""))
+        shares.append(Share(weight, float(scale), COPY if len(group) > 1 else CLIPPED if scale < 1 else ""))
     return shares
 
 
@@ -87,12 +89,16 @@ def gate(judged: Judged) -> list[Share]:
     Never more than half.
     """
     groups, clipped = _groups(judged.inner), clip(judged)
+    parts, far = np.array([share.weight for share in clipped]), FAR
+    if len(groups) < FEW == len(clipped):
+        # Of three, two that are so much alike are copies, or honest beside one who is not: he then points away.
+        groups, parts, far = np.eye(FEW), np.ones(FEW), math.inf
     means = groups / groups.sum(axis=1, keepdims=True) * [share.scale for share in clipped]
     inner = means @ judged.inner @ means.T
-    weights = groups @ (np.array(judged.weights) * [share.weight for share in clipped])
+    weights = groups @ (np.array(judged.weights) * parts)
     spare = (len(clipped) - 1) // 2
     here, out = list(range(len(groups))), dict[int, str]()
-    while len(here) >= FEW and (found := _oddest(inner[np.ix_(here, here)], weights[here])) is not None:
+    while len(here) >= FEW and (found := _oddest(inner[np.ix_(here, here)], weights[here], far)) is not None:
         members = np.flatnonzero(groups[here.pop(found[0])])
         if len(out) + len(members) > spare:
             break
@@ -152,13 +158,13 @@ def _canonical(ends: Sequence[Factors], wanted: Wanted) -> list[Factors]:
     return [product_mean([1.0], [end], wanted)[0] for end in ends]
 
 
-def _lengths(inner: Matrix) -> Matrix:
+def lengths_of(inner: Matrix) -> Matrix:
     found: Matrix = np.sqrt(np.maximum(np.diagonal(inner), 0.0))
     return found
 
 
 def _cosines(inner: Matrix) -> Matrix:
-    lengths = _lengths(inner)
+    lengths = lengths_of(inner)
     scale = np.outer(lengths, lengths)
     return np.divide(inner, scale, out=np.zeros_like(inner), where=scale > 0)
 
@@ -188,24 +194,23 @@ def _groups(inner: Matrix) -> Matrix:
     return found
 
 
-def _oddest(inner: Matrix, weights: Matrix) -> tuple[int, str] | None:
+def _oddest(inner: Matrix, weights: Matrix, far: float) -> tuple[int, str] | None:
     """The update that is the least like the others, and why, if any is odd."""
-    cosines, far = _against_others(inner, weights), _distances(inner)
+    cosines, distances = against_others(inner, weights), _distances(inner)
     if cosines.min() <= max(0.0, AWAY * float(np.median(cosines))):
         return int(cosines.argmin()), "points away"
-    if far.max() > FAR * float(np.median(far)):
-        return int(far.argmax()), "far off"
+    if distances.max() > far * float(np.median(distances)):
+        return int(distances.argmax()), "far off"
     return None
 
 
-def _against_others(inner: Matrix, weights: Matrix) -> Matrix:
-    """The cosine of each update to the weighted mean of the others."""
-    found = np.zeros(len(inner))
-    for at in range(len(inner)):
-        others = weights.copy()
-        others[at] = 0.0
-        length = np.sqrt(max(inner[at, at], 0.0) * max(float(others @ inner @ others), 0.0))
-        found[at] = float(inner[at] @ others) / length if length > 0 else 0.0
+def against_others(inner: Matrix, weights: Matrix) -> Matrix:
+    """The cosine of each update to the weighted sum of the others."""
+    sums = inner @ weights
+    own = np.diagonal(inner) * weights
+    others = float(weights @ sums) - 2 * weights * sums + weights * own
+    lengths = np.sqrt(np.maximum(np.diagonal(inner), 0.0) * np.maximum(others, 0.0))
+    found: Matrix = np.divide(sums - own, lengths, out=np.zeros(len(inner)), where=lengths > 0)
     return found
 
 

@@ -16,7 +16,17 @@ from trainchain.core.errors import TrainChainError
 from trainchain.core.merge.lowrank import ROUNDING, Factors, distance, stack
 from trainchain.core.merge.methods import METHODS, Wanted
 from trainchain.core.merge.moments import Adam, merge_moments
-from trainchain.core.merge.robust import COORDINATES, RULES, Judged, Share, inner_products, plain
+from trainchain.core.merge.robust import (
+    CLIPPED,
+    COORDINATES,
+    RULES,
+    Judged,
+    Share,
+    against_others,
+    inner_products,
+    lengths_of,
+    plain,
+)
 from trainchain.core.models import Merge
 from trainchain.core.segments import Moments
 
@@ -65,8 +75,7 @@ def merge(
     _check(start, updates)
     updates = sorted(updates, key=lambda update: (update.digest, update.weight))
     begins = {module: factors_of(start, module) for module in modules_of(start)}
-    here = judge(way, start, [update for update in updates if update.share is None])
-    shares = [update.share or here[update.digest] for update in updates]
+    shares = _shares(way, start, updates)
     weights = [update.weight * share.weight for update, share in zip(updates, shares, strict=True)]
     total = sum(weights)
     parts = [weight / total * share.scale for weight, share in zip(weights, shares, strict=True)]
@@ -90,6 +99,32 @@ def judge(way: Merge, start: Adapter, updates: Sequence[Update]) -> dict[str, Sh
     begins = {module: factors_of(start, module) for module in modules_of(start)}
     shares = RULES.get(way.rule, plain)(_judged(begins, updates))
     return dict(zip((update.digest for update in updates), shares, strict=True))
+
+
+def _shares(way: Merge, start: Adapter, updates: Sequence[Update]) -> list[Share]:
+    """What becomes of each contribution. What was judged among others is here no longer than the rest of those that
+    were not: a change of A beside a B of zeros is none at all, and beside the next start's B it is one."""
+    here = judge(way, start, [update for update in updates if update.share is None])
+    shares = [update.share or here[update.digest] for update in updates]
+    heard = [update.share is None and share.weight > 0 for update, share in zip(updates, shares, strict=True)]
+    if RULES.get(way.rule, plain) is plain or len(here) == len(updates) or not any(heard):
+        return shares
+    begins = {module: factors_of(start, module) for module in modules_of(start)}
+    lengths = lengths_of(_judged(begins, updates).inner)
+    longest = float(np.median(lengths[heard]))
+    return [
+        share._replace(scale=longest / float(length), why=share.why or CLIPPED)
+        if update.share is not None and float(length) * share.scale > longest
+        else share
+        for update, share, length in zip(updates, shares, lengths, strict=True)
+    ]
+
+
+def likeness(start: Adapter, updates: Sequence[Update]) -> dict[str, float]:
+    """The cosine of each contribution's change to what the others' add up to, by digest."""
+    judged = _judged({module: factors_of(start, module) for module in modules_of(start)}, updates)
+    cosines = against_others(judged.inner, np.array(judged.weights)).tolist()
+    return dict(zip((update.digest for update in updates), cosines, strict=True))
 
 
 class OuterStep(NamedTuple):
