@@ -19,6 +19,7 @@ from trainchain.core.merge.moments import Adam, merge_moments
 from trainchain.core.merge.robust import (
     CLIPPED,
     COORDINATES,
+    FEW,
     RULES,
     Judged,
     Share,
@@ -147,7 +148,7 @@ def _merge_module(way: Merge, begin: Factors, parts: Sequence[float], ends: Sequ
         found = COORDINATES[way.rule](ends, wanted)
         return found, distance(found, stack(parts, ends))
     heard = [end for part, end in zip(parts, ends, strict=True) if part > 0]
-    wanted = Wanted(begin.rank, like=_middle(heard))
+    wanted = Wanted(begin.rank, like=_middle(heard if len(heard) >= FEW else [*heard, begin]))
     left = 1.0 - math.fsum(parts)
     if left > ROUNDING:  # an update that is clipped to a share of itself leaves the rest of its weight to the start
         parts, ends = [*parts, left], [*ends, begin]
@@ -155,7 +156,8 @@ def _merge_module(way: Merge, begin: Factors, parts: Sequence[float], ends: Sequ
 
 
 def _middle(ends: Sequence[Factors]) -> Factors:
-    """Number by number the median: where training went, and one who came by other factors pulls it nowhere."""
+    """Number by number the median: where training went. One who came by other factors pulls it nowhere; of one or two
+    none does, as the start is heard beside them."""
     return Factors(np.median([end.b for end in ends], axis=0), np.median([end.a for end in ends], axis=0))
 
 
