@@ -86,6 +86,14 @@ def test_ranks_and_scales_mix_by_their_products(base: Path, three: list[Path], t
     assert off(weight_changes(base, tmp_path / "low"), best) < 1e-5
 
 
+def test_a_dot_in_a_pattern_means_any_mark_as_to_peft(base: Path, three: list[Path], tmp_path: Path) -> None:
+    other = save_adapter(base, tmp_path / "other", 9, alpha_pattern={"layers.1.self.attn.q.proj": 5})
+
+    merge_folders([three[0], other], tmp_path / "out", method="stacking")
+
+    assert off(weight_changes(base, tmp_path / "out"), mean_of(base, [three[0], other], [0.5, 0.5])) < 1e-5
+
+
 def test_the_order_of_the_folders_changes_no_byte(three: list[Path], tmp_path: Path) -> None:
     for method in ("product-mean", "factor-mean", "stacking", "ties", "dare"):
         one = merge_folders(three, tmp_path / f"{method}-1", method=method, weights=SHARES)
@@ -160,6 +168,10 @@ def cut(folder: Path) -> None:
     (folder / WEIGHTS_FILE).write_bytes(data[:-10])
 
 
+def pickled(folder: Path) -> None:
+    (folder / WEIGHTS_FILE).rename(folder / "adapter_model.bin")
+
+
 def config(**changes: Any) -> Spoil:
     return lambda folder: change_config(folder, **changes)
 
@@ -176,6 +188,13 @@ UNREADABLE: dict[str, tuple[Spoil, str]] = {
     "an empty file": (lambda folder: (folder / WEIGHTS_FILE).write_bytes(b""), "cut"),
     "no tensors": (spoil_weights(dict.clear), "no tensor"),
     "half a pair": (spoil_weights(lambda t: t.pop(first(t))), "pair"),
+    "a rank of zero": (
+        spoil_weights(lambda t: t.update({n: t[n][:0] if "lora_A" in n else t[n][:, :0] for n in t})),
+        "pair",
+    ),
+    "an endless alpha": (config(lora_alpha=10**400), "lora_alpha"),
+    "a pickle": (pickled, "pickle"),
+    "no folder": (shutil.rmtree, "no folder"),
 }
 UNMERGEABLE: dict[str, tuple[Spoil, str]] = {
     "another base": (config(base_model_name_or_path="other/base"), "different bases"),
@@ -184,6 +203,10 @@ UNMERGEABLE: dict[str, tuple[Spoil, str]] = {
     "biases": (config(bias="all"), "biases"),
     "a bias of its own": (config(lora_bias=True), "biases"),
     "whole modules": (config(modules_to_save=["lm_head"]), "modules_to_save"),
+    "whole modules, a number": (config(modules_to_save=5), "modules_to_save"),
+    "tokens that wake it": (config(alora_invocation_tokens=[5]), "alora_invocation_tokens"),
+    "parameters": (config(target_parameters=["mlp.experts"]), "target_parameters"),
+    "blocks of a quantized base": (config(use_qalora=True), "use_qalora"),
     "another scale of rsLoRA": (config(use_rslora=True), "rsLoRA"),
     "a changed base": (config(init_lora_weights="pissa"), "pissa"),
     "no LoRA": (config(peft_type="IA3"), "IA3"),
@@ -234,8 +257,12 @@ def test_weights_that_are_no_shares_are_refused(three: list[Path], tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_hint_s_weights_are_taken(three: list[Path], tmp_path: Path) -> None:
-    merge_folders(three, tmp_path / "out", weights=[0.166667, 0.333333, 0.5])
+@pytest.mark.parametrize("weights", [[1, 2, 3]])
+def test_a_hint_s_weights_are_taken(three: list[Path], tmp_path: Path, weights: list[float]) -> None:
+    adapters = [three[0]] * len(weights)
+    hint = refused("usage.flag", adapters, tmp_path / "out", weights=weights).hint
+
+    merge_folders(adapters, tmp_path / "out", weights=[float(each) for each in hint.split()[1].split(",")])
 
 
 def test_what_makes_no_merge_is_refused(base: Path, three: list[Path], tmp_path: Path) -> None:
@@ -264,3 +291,10 @@ def test_a_base_that_was_named_makes_two_names_one(three: list[Path], tmp_path: 
     merge_folders([three[0], renamed], tmp_path / "out", any_base=True)
 
     assert (tmp_path / "out" / WEIGHTS_FILE).exists()
+
+
+def test_a_file_that_is_cut_meanwhile_is_told_of(three: list[Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(three[0], tmp_path / "copy")
+
+    assert "cut" in refused("adapter.unreadable", [copy, three[1]], tmp_path / "out", ready=lambda: cut(copy)).message
+    assert not (tmp_path / "out").exists()
