@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -18,6 +19,8 @@ RESIDUAL = "residual"
 """A factor mean, and a base of its own that has what it lacks."""
 CHANGED_BASE = "base"
 """That base's folder, beside the adapter."""
+ROUNDING = 1e-7
+"""What is written is fp32: smaller errors are not worth a figure."""
 
 
 def merge(
@@ -49,11 +52,11 @@ def merge(
 
     residual = method == RESIDUAL
     losses = _losses(base, eval_, adapters, output, residual, out, rows) if base is not None and eval_ else iter(())
-    measured: dict[str, float] = {}
+    measured: dict[str, float | None] = {}
 
     def ready() -> None:
-        """The base is measured first: what it or the rows have against that is said before anything is merged."""
-        measured.update(islice(losses, 1))
+        """What there is, is measured first: a base, rows or an adapter that do not fit are told of before the work."""
+        measured.update(islice(losses, 1 + len(adapters)))
 
     document = merge_folders(
         adapters,
@@ -101,16 +104,16 @@ def _fold_residual(
 
 def _losses(
     base: Path, rows_of: Path, adapters: list[Path], result: Path, residual: bool, out: Output, rows: int
-) -> Iterator[tuple[str, float]]:
+) -> Iterator[tuple[str, float | None]]:
     """The held-out losses of the base, of what was merged, and of the result, each measured when it is asked for."""
     from trainchain.cli.plan import hush
 
     hush()  # before the libraries that it is for
     from trainchain.core.train.compare import held_out_losses
 
-    def told(name: str, loss: float, more: str = "") -> tuple[str, float]:
+    def told(name: str, loss: float, more: str = "") -> tuple[str, float | None]:
         out.note(f"loss     {loss:.4f}  {name}{more}")
-        return name, loss
+        return name, loss if math.isfinite(loss) else None  # JSON has no other word
 
     wanted = adapters if residual else [*adapters, result]
     for name, loss in zip(["base", *map(str, wanted)], held_out_losses(base, rows_of, wanted, limit=rows), strict=True):
@@ -121,6 +124,8 @@ def _losses(
 
 
 def _share(error: float) -> str:
+    if 0 < error < ROUNDING:
+        return f" < {ROUNDING:.0e}"
     return f"{100 * error:6.2f} %" if error >= 5e-5 or error == 0 else f"{error:8.1e}"
 
 
