@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from trainchain.core.errors import TrainChainError
 
@@ -26,7 +26,7 @@ class Output:
             self.note(text)
 
     def note(self, text: str) -> None:
-        print(_printable(_harmless(text), sys.stderr.encoding), file=sys.stderr, flush=True)  # noqa: T201
+        _print(_harmless(text), sys.stderr)
 
     def hint(self, text: str) -> None:
         if text:
@@ -40,7 +40,12 @@ class Output:
         self.hint(error.hint)
 
     def _write(self, text: str) -> None:
-        print(_printable(text, sys.stdout.encoding), flush=True)  # noqa: T201
+        _print(text, sys.stdout)
+
+
+def _print(text: str, stream: TextIO | None) -> None:
+    if stream is not None:  # as it is where a program was started with the stream closed
+        print(_printable(text, stream.encoding), file=stream, flush=True)
 
 
 def _harmless(text: str) -> str:
