@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -68,7 +69,7 @@ def merge(
         any_base=base is not None,
         ready=ready,
         on_module=told,
-        beside=partial(_fold_residual, base, out) if residual and base is not None else None,
+        beside=partial(_fold_residual, base, output / CHANGED_BASE, out) if residual and base is not None else None,
     )
     worst = max(document["errors"], key=document["errors"].__getitem__)
     out.note(
@@ -84,12 +85,12 @@ def merge(
 
 
 def _fold_residual(
-    base: Path, out: Output, making: Path, adapters: Sequence[AdapterFolder], shares: list[float]
+    base: Path, changed: Path, out: Output, making: Path, adapters: Sequence[AdapterFolder], shares: list[float]
 ) -> None:
     from trainchain.cli.plan import hush
 
     hush()
-    from trainchain.core.adapter import PREFIX
+    from trainchain.core.adapter import CONFIG_FILE, PREFIX
     from trainchain.core.merge.folders import residual_adapter
     from trainchain.core.models import FileRef, Lora
     from trainchain.core.train.fold import fold
@@ -100,6 +101,12 @@ def _fold_residual(
     (making / CHANGED_BASE).mkdir()
     out.note(f"base     folding the residual, of rank {rank}, into {base}")
     fold(base, adapter, Lora(r=rank, alpha=rank, targets=targets, initial=none), making / CHANGED_BASE)
+    # With the base that it was merged on it would be wrong, and nothing would say so.
+    config = json.loads((making / CONFIG_FILE).read_bytes())
+    config |= {"base_model_name_or_path": str(changed.absolute()), "revision": None}
+    (making / CONFIG_FILE).write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n"
+    )
 
 
 def _losses(

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.fixtures_adapters import each, off, save_adapter, weight_changes
+from tests.fixtures_adapters import change_config, each, off, save_adapter, weight_changes
 from tests.fixtures_model import make_tiny_model
 from trainchain.cli.main import run_command
 from trainchain.core.adapter import WEIGHTS_FILE
@@ -74,6 +74,25 @@ def test_the_residual_makes_base_and_adapter_exact_together(
     assert code == 0
     assert "use both" in err
     assert off(plain, exact) < 1e-4
+
+
+def test_a_residual_s_adapter_names_the_base_that_belongs_to_it(
+    base: Path, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the base that it was merged on it is wrong, and nothing would say so."""
+    from peft import AutoPeftModelForCausalLM
+
+    named = change_config(shutil.copytree(two[1], tmp_path / "named"), revision="main")
+    change_config(shutil.copytree(two[0], tmp_path / "other"), revision="main")
+    code, _, _ = typed(
+        capsys, tmp_path / "other", named, "-o", tmp_path / "out", "--method", "residual", "--base", base
+    )
+
+    found = dict(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").merge_and_unload().named_parameters())
+    plain = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
+    exact = each([weight_changes(base, Path(adapter)) for adapter in two], lambda found: (found[0] + found[1]) / 2)
+    assert code == 0
+    assert off({name: (found[name] - plain[name]).detach().numpy() for name in exact}, exact) < 1e-4
 
 
 def test_a_residual_s_base_does_not_hang_on_the_order_of_the_folders(
