@@ -217,6 +217,10 @@ UNREADABLE: dict[str, tuple[Spoil, str]] = {
         "pair",
     ),
     "an endless alpha": (config(lora_alpha=10**400), "lora_alpha"),
+    "a folder for a file": (
+        lambda folder: [(folder / WEIGHTS_FILE).unlink(), (folder / WEIGHTS_FILE).mkdir()],
+        "no adapter_m",
+    ),
     "a pickle": (pickled, "pickle"),
     "no folder": (shutil.rmtree, "no folder"),
 }
@@ -237,6 +241,11 @@ UNMERGEABLE: dict[str, tuple[Spoil, str]] = {
     "no LoRA": (config(peft_type="IA3"), "IA3"),
     "a pattern": (config(alpha_pattern={".*q_proj": 2}), "alpha_pattern"),
     "another tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizers"),
+    "another tokenizer of words": (lambda folder: (folder / "tokenizer.model").write_text("b"), "tokenizer.model"),
+    "a convolution": (
+        spoil_weights(lambda t: t.update({n: t[n][..., None, None] for n in t if "down_proj" in n})),
+        "linear",
+    ),
     "fewer modules": (spoil_weights(lambda t: [t.pop(name) for name in list(t) if "layers.1." in name]), "modules"),
     "a tensor besides": (spoil_weights(lambda t: t.update(x=np.ones(2))), "'x'"),
     "NaN": (spoil_weights(lambda t: t.update({first(t): t[first(t)] * np.nan})), "NaN"),
@@ -254,6 +263,7 @@ def test_one_bad_adapter_is_named_and_nothing_is_left(base: Path, three: list[Pa
     copies = [shutil.copytree(adapter, tmp_path / "in" / adapter.name) for adapter in three]
     for copy in copies:
         shutil.copyfile(base / "tokenizer.json", copy / "tokenizer.json")
+        (copy / "tokenizer.model").write_text("a")
     spoil(copies[1])
 
     with pytest.raises(TrainChainError) as caught:

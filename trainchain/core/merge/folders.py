@@ -241,10 +241,9 @@ def _check_alike(adapters: Sequence[AdapterFolder], *, any_base: bool) -> None:
                     f"{both} are of different bases: {name} maps {shapes[0][1]} to {shapes[0][0]} numbers in one, "
                     f"{shapes[1][1]} to {shapes[1][0]} in the other.",
                 )
-        if first.tokenizer and other.tokenizer and first.tokenizer != other.tokenizer:
-            raise TrainChainError(
-                "merge.unmergeable", f"{both} have different tokenizers: their tokenizer.json differ."
-            )
+        for name in sorted(first.vocabulary.keys() & other.vocabulary.keys()):
+            if first.vocabulary[name] != other.vocabulary[name]:
+                raise TrainChainError("merge.unmergeable", f"{both} have different tokenizers: their {name} differ.")
         if any(each.config.get("use_rslora") for each in (first, other)):
             for module in first.modules:
                 if not math.isclose(first.scales[module], other.scales[module], rel_tol=1e-9):
@@ -265,7 +264,7 @@ def _beside_weights(adapter: AdapterFolder) -> tuple[str, list[str]]:
 def _copy_tokenizer(adapters: Sequence[AdapterFolder], making: Path) -> None:
     """That of the first folder that brings one: all that do bring the same."""
     for adapter in adapters:
-        if adapter.tokenizer is not None:
+        if adapter.vocabulary:
             for name in TOKENIZER_FILES:
                 if (adapter.path / name).is_file():
                     shutil.copyfile(adapter.path / name, making / name)

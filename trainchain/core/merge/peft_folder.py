@@ -34,7 +34,9 @@ MORE_THAN_LORA = (
     "use_qalora",
 )
 """What in a configuration makes of B·A something else than a change of a layer's weight."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+"""What decides which numbers a text is."""
+TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 _MODULE = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight")
 
@@ -62,10 +64,10 @@ class AdapterFolder:
         return str(name)[:200] + (f" at {str(revision)[:60]}" if revision else "")
 
     @cached_property
-    def tokenizer(self) -> str | None:
-        """The digest of the tokenizer that it brings, if it brings one."""
-        file = self.path / TOKENIZER_FILES[0]
-        return sha256_file(file) if file.is_file() else None
+    def vocabulary(self) -> dict[str, str]:
+        """The digests, by name, of what it brings of a tokenizer."""
+        files = [self.path / name for name in VOCABULARY_FILES]
+        return {file.name: sha256_file(file) for file in files if file.is_file()}
 
     @property
     def modules(self) -> list[str]:
@@ -120,7 +122,6 @@ def look(path: Path) -> AdapterFolder:
             f"{path} is no folder here.",
             hint="To fetch one from Hugging Face first: hf download OWNER/NAME --local-dir DIR",
         )
-    config = _config(path)
     weights = path / WEIGHTS_FILE
     if not weights.exists() and (path / PICKLE).exists():
         raise TrainChainError(
@@ -128,7 +129,10 @@ def look(path: Path) -> AdapterFolder:
             f"{path} has its weights as a pickle, {PICKLE}, which can run code when it is read.",
             hint="If you trust it, load it with PEFT and save it again: save_pretrained writes safetensors.",
         )
-    slots = _slots(weights)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (path / name).is_file():
+            raise _unreadable(path, f"it has no {name}")
+    config, slots = _config(path), _slots(weights)
     _refuse_more_than_lora(path, config, slots)
     scales: dict[str, float] = {}
     for name in slots:
@@ -136,11 +140,12 @@ def look(path: Path) -> AdapterFolder:
             raise unmergeable(path, f"it has the tensor {name[:200]!r}, which is no lora_A or lora_B of a linear layer")
         module = name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX)
         a, b = slots.get(module + A_SUFFIX), slots.get(module + B_SUFFIX)
+        if a is not None and b is not None and len(a.shape) == len(b.shape) > 2:
+            raise unmergeable(path, f"{module.removeprefix(PREFIX)[:200]} is a convolution, not a linear layer")
         if (
             a is None
             or b is None
-            or len(a.shape) != 2
-            or len(b.shape) != 2
+            or not len(a.shape) == len(b.shape) == 2
             or a.shape[0] != b.shape[1]
             or 0 in a.shape + b.shape
         ):
