@@ -4,6 +4,7 @@ import io
 import json
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -176,6 +177,23 @@ def test_without_stdout_or_stderr_nothing_is_said(monkeypatch: pytest.MonkeyPatc
 
     Output(json_mode=True).result("text", {})
     Output(json_mode=False).note("talk")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_an_answer_that_a_full_disk_does_not_take_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.FileIO("/dev/full", "w"), encoding="utf-8"))
+
+    full()
+    with pytest.raises(TrainChainError) as caught:
+        Output(json_mode=False).result("text", {})
+    full()
+    Output(json_mode=True).error(caught.value)
+
+    assert caught.value.code == "disk.full"
+    assert said(capsys)[1].startswith("error[disk.full] The answer")
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

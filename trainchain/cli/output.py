@@ -1,5 +1,7 @@
 """What a command says: the answer on stdout, talk on stderr, one JSON document where it was asked for."""
 
+import contextlib
+import errno
 import json
 import os
 import sys
@@ -35,12 +37,21 @@ class Output:
     def error(self, error: TrainChainError) -> None:
         if self.json_mode:
             document = {"code": error.code, "message": error.message, "hint": error.hint}
-            self._write(json.dumps({"ok": False, "error": document}))
+            with contextlib.suppress(TrainChainError):  # stderr says it, too
+                self._write(json.dumps({"ok": False, "error": document}))
         self.note(f"error[{error.code}] {error.message}")
         self.hint(error.hint)
 
     def _write(self, text: str) -> None:
-        _print(text, sys.stdout)
+        try:
+            _print(text, sys.stdout)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            with contextlib.suppress(OSError):
+                sys.stdout.close()  # or the interpreter would try again at its end, and fail
+            sys.stdout = None
+            raise TrainChainError("disk.full", f"The answer cannot be written to stdout: {error.strerror}.") from None
 
 
 def _print(text: str, stream: TextIO | None) -> None:
