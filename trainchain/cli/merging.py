@@ -20,6 +20,7 @@ RESIDUAL = "residual"
 """A factor mean, and a base of its own that has what it lacks."""
 CHANGED_BASE = "base"
 """That base's folder, beside the adapter."""
+MUCH = 0.01
 ROUNDING = 1e-7
 """What is written is fp32: smaller errors are not worth a figure."""
 
@@ -76,6 +77,8 @@ def merge(
         f"merged   {len(adapters)} adapters by {method}, rank {document['rank']}; "
         f"largest error {_share(document['errors'][worst]).strip()}, in {worst}"
     )
+    if method == "product-mean" and document["errors"][worst] > MUCH:
+        out.hint("A higher --rank loses less, --method stacking nothing.")
     if residual:
         document |= {"method": method, "base": str(output / CHANGED_BASE)}
         out.note(f"base     {document['base']}  what the adapter lacks of the exact mean is folded into it: use both")

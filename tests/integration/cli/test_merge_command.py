@@ -45,6 +45,7 @@ def test_it_prints_the_folder_and_tells_every_module(
     assert err.count("  error ") == 4
     assert "4/4  error " in err
     assert "merged   2 adapters by product-mean, rank 4; largest error" in err
+    assert "hint: A higher --rank loses less, --method stacking nothing." in err
 
 
 def test_it_measures_the_base_the_adapters_and_the_result(
@@ -236,3 +237,4 @@ def test_an_error_below_rounding_is_told_as_that(
     _, _, err = typed(capsys, two[0], two[0], "-o", tmp_path / "out")
 
     assert "4/4  error  < 1e-07  " in err
+    assert "hint" not in err
