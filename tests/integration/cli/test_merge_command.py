@@ -156,15 +156,19 @@ def test_what_makes_no_sense_is_refused_with_nothing_written(
 FULL = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (%d, %d))
 from trainchain.cli.main import run_command
 sys.exit(run_command(sys.argv[1:]))
 """
 
 
-def test_a_full_disk_is_told_of_and_nothing_is_left(two: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "room"), [("product-mean", 2000), ("residual", 50000)])
+def test_a_full_disk_is_told_of_and_nothing_is_left(
+    base: Path, two: list[str], tmp_path: Path, method: str, room: int
+) -> None:
     pytest.importorskip("resource")
-    command = [sys.executable, "-c", FULL, "merge", *two, "-o", str(tmp_path / "out")]
+    flags = ["-o", str(tmp_path / "out"), "--method", method, "--base", str(base)]
+    command = [sys.executable, "-c", FULL % (room, room), "merge", *two, *flags]
 
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ))
 
