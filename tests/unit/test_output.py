@@ -2,7 +2,9 @@
 
 import io
 import json
+import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,6 +157,43 @@ def test_being_stopped_is_no_failure(
 
     assert cli.run_command(["jobs", "ls"]) == code
     assert "Traceback" not in said(capsys)[1]
+
+
+def test_a_terminal_that_is_closed_stops_a_command_as_sigterm_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that was started so as to outlive it, by nohup."""
+    if not hasattr(signal, "SIGHUP"):
+        pytest.skip("no such signal here")
+    for before, wanted in ((signal.SIG_DFL, {"SIGTERM", "SIGHUP"}), (signal.SIG_IGN, {"SIGTERM"})):
+        caught: set[str] = set()
+        monkeypatch.setattr(cli.signal, "getsignal", lambda _, before=before: before)
+        monkeypatch.setattr(cli.signal, "signal", lambda number, _, caught=caught: caught.add(number.name))
+        cli.run_command(["--version"])
+        assert caught == wanted
+
+
+def test_without_stdout_or_stderr_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+
+    Output(json_mode=True).result("text", {})
+    Output(json_mode=False).note("talk")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_an_answer_that_a_full_disk_does_not_take_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.FileIO("/dev/full", "w"), encoding="utf-8"))
+
+    full()
+    with pytest.raises(TrainChainError) as caught:
+        Output(json_mode=False).result("text", {})
+    full()
+    Output(json_mode=True).error(caught.value)
+
+    assert caught.value.code == "disk.full"
+    assert said(capsys)[1].startswith("error[disk.full] The answer")
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,17 +89,9 @@ def _fold(folder: Path, adapter: Any, recipe: ResolvedRecipe, target: Path) -> s
     from trainchain.cli.plan import hush
 
     hush()
-    from safetensors import SafetensorError
-
     from trainchain.core.train.fold import fold
 
-    try:
-        return fold(folder, adapter, recipe.lora, target)
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # its word for what the system refused
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from None
+    return fold(folder, adapter, recipe.lora, target)
 
 
 @contextlib.contextmanager

@@ -83,6 +83,8 @@ def run_command(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     output = Output(json_mode="--json" in argv)
     signal.signal(signal.SIGTERM, _terminated)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup wants it ignored
+        signal.signal(signal.SIGHUP, _terminated)
     try:
         result: Any = app(argv, standalone_mode=False)
     except TrainChainError as error:
@@ -130,7 +132,7 @@ def _sentence(text: str) -> str:
 
 
 class _Terminated(BaseException):
-    """SIGTERM, so that whoever holds a lease or a child lets go of it on the way out."""
+    """SIGTERM, or a closed terminal, so that whoever holds a lease or a child lets go of it on the way out."""
 
 
 def _terminated(*_: object) -> None:

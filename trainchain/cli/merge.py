@@ -37,8 +37,8 @@ def merge(
 ) -> None:
     """Merge adapters of one base into one adapter, which PEFT loads like any other. Prints its folder.
 
-    What a method cannot merge exactly is refused by name. Every module's error, the distance of the result from the
-    exact mean of the products, is told as it is merged.
+    What a method cannot merge exactly is refused by name. Every module's error is told as it is merged: the distance
+    of the result from what its method stands for (of ties and dare a matrix of their own, else the mean of B·A).
 
     \b
     Examples:

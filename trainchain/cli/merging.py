@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -18,6 +20,9 @@ RESIDUAL = "residual"
 """A factor mean, and a base of its own that has what it lacks."""
 CHANGED_BASE = "base"
 """That base's folder, beside the adapter."""
+MUCH = 0.01
+ROUNDING = 1e-7
+"""What is written is fp32: smaller errors are not worth a figure."""
 
 
 def merge(
@@ -49,11 +54,11 @@ def merge(
 
     residual = method == RESIDUAL
     losses = _losses(base, eval_, adapters, output, residual, out, rows) if base is not None and eval_ else iter(())
-    measured: dict[str, float] = {}
+    measured: dict[str, float | None] = {}
 
     def ready() -> None:
-        """The base is measured first: what it or the rows have against that is said before anything is merged."""
-        measured.update(islice(losses, 1))
+        """What there is, is measured first: a base, rows or an adapter that do not fit are told of before the work."""
+        measured.update(islice(losses, 1 + len(adapters)))
 
     document = merge_folders(
         adapters,
@@ -65,13 +70,15 @@ def merge(
         any_base=base is not None,
         ready=ready,
         on_module=told,
-        beside=partial(_fold_residual, base, out) if residual and base is not None else None,
+        beside=partial(_fold_residual, base, output / CHANGED_BASE, out) if residual and base is not None else None,
     )
     worst = max(document["errors"], key=document["errors"].__getitem__)
     out.note(
         f"merged   {len(adapters)} adapters by {method}, rank {document['rank']}; "
         f"largest error {_share(document['errors'][worst]).strip()}, in {worst}"
     )
+    if method == "product-mean" and document["errors"][worst] > MUCH:
+        out.hint("A higher --rank loses less, --method stacking nothing.")
     if residual:
         document |= {"method": method, "base": str(output / CHANGED_BASE)}
         out.note(f"base     {document['base']}  what the adapter lacks of the exact mean is folded into it: use both")
@@ -81,12 +88,12 @@ def merge(
 
 
 def _fold_residual(
-    base: Path, out: Output, making: Path, adapters: Sequence[AdapterFolder], shares: list[float]
+    base: Path, changed: Path, out: Output, making: Path, adapters: Sequence[AdapterFolder], shares: list[float]
 ) -> None:
     from trainchain.cli.plan import hush
 
     hush()
-    from trainchain.core.adapter import PREFIX
+    from trainchain.core.adapter import CONFIG_FILE, PREFIX
     from trainchain.core.merge.folders import residual_adapter
     from trainchain.core.models import FileRef, Lora
     from trainchain.core.train.fold import fold
@@ -97,20 +104,26 @@ def _fold_residual(
     (making / CHANGED_BASE).mkdir()
     out.note(f"base     folding the residual, of rank {rank}, into {base}")
     fold(base, adapter, Lora(r=rank, alpha=rank, targets=targets, initial=none), making / CHANGED_BASE)
+    # With the base that it was merged on it would be wrong, and nothing would say so.
+    config = json.loads((making / CONFIG_FILE).read_bytes())
+    config |= {"base_model_name_or_path": str(changed.absolute()), "revision": None}
+    (making / CONFIG_FILE).write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n"
+    )
 
 
 def _losses(
     base: Path, rows_of: Path, adapters: list[Path], result: Path, residual: bool, out: Output, rows: int
-) -> Iterator[tuple[str, float]]:
+) -> Iterator[tuple[str, float | None]]:
     """The held-out losses of the base, of what was merged, and of the result, each measured when it is asked for."""
     from trainchain.cli.plan import hush
 
     hush()  # before the libraries that it is for
     from trainchain.core.train.compare import held_out_losses
 
-    def told(name: str, loss: float, more: str = "") -> tuple[str, float]:
+    def told(name: str, loss: float, more: str = "") -> tuple[str, float | None]:
         out.note(f"loss     {loss:.4f}  {name}{more}")
-        return name, loss
+        return name, loss if math.isfinite(loss) else None  # JSON has no other word
 
     wanted = adapters if residual else [*adapters, result]
     for name, loss in zip(["base", *map(str, wanted)], held_out_losses(base, rows_of, wanted, limit=rows), strict=True):
@@ -121,6 +134,8 @@ def _losses(
 
 
 def _share(error: float) -> str:
+    if 0 < error < ROUNDING:
+        return f" < {ROUNDING:.0e}"
     return f"{100 * error:6.2f} %" if error >= 5e-5 or error == 0 else f"{error:8.1e}"
 
 

@@ -1,9 +1,11 @@
 """What a command says: the answer on stdout, talk on stderr, one JSON document where it was asked for."""
 
+import contextlib
+import errno
 import json
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from trainchain.core.errors import TrainChainError
 
@@ -26,7 +28,7 @@ class Output:
             self.note(text)
 
     def note(self, text: str) -> None:
-        print(_printable(_harmless(text), sys.stderr.encoding), file=sys.stderr, flush=True)  # noqa: T201
+        _print(_harmless(text), sys.stderr)
 
     def hint(self, text: str) -> None:
         if text:
@@ -35,12 +37,26 @@ class Output:
     def error(self, error: TrainChainError) -> None:
         if self.json_mode:
             document = {"code": error.code, "message": error.message, "hint": error.hint}
-            self._write(json.dumps({"ok": False, "error": document}))
+            with contextlib.suppress(TrainChainError):  # stderr says it, too
+                self._write(json.dumps({"ok": False, "error": document}))
         self.note(f"error[{error.code}] {error.message}")
         self.hint(error.hint)
 
     def _write(self, text: str) -> None:
-        print(_printable(text, sys.stdout.encoding), flush=True)  # noqa: T201
+        try:
+            _print(text, sys.stdout)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            with contextlib.suppress(OSError):
+                sys.stdout.close()  # or the interpreter would try again at its end, and fail
+            sys.stdout = None
+            raise TrainChainError("disk.full", f"The answer cannot be written to stdout: {error.strerror}.") from None
+
+
+def _print(text: str, stream: TextIO | None) -> None:
+    if stream is not None:  # as it is where a program was started with the stream closed
+        print(_printable(text, stream.encoding), file=stream, flush=True)
 
 
 def _harmless(text: str) -> str:

@@ -135,8 +135,8 @@ CODES: dict[str, Reason] = {
     "cache.in_use": Reason(409, 1, "A running process uses that part of the cache."),
     "disk.full": Reason(507, 1, "The disk has no room for what is needed."),
     # training
-    "adapter.unreadable": Reason(422, 1, "A folder is no LoRA adapter that PEFT could load."),
-    "adapter.unfit": Reason(422, 2, "The adapter is not one of the recipe: of another base, rank, or set of modules."),
+    "adapter.unreadable": Reason(422, 1, "A folder is missing, or holds no LoRA adapter in safetensors."),
+    "adapter.unfit": Reason(422, 2, "The adapter does not fit the recipe or the base: other modules, rank or widths."),
     "train.child_died": Reason(500, 1, "The training process ended without a result."),
     "train.out_of_memory": Reason(507, 1, "The shard does not fit this machine's memory."),
     "train.diverged": Reason(500, 1, "The loss, a gradient or a weight stopped being a finite number."),

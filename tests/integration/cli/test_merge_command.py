@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.numpy
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.fixtures_adapters import each, off, save_adapter, weight_changes
+from tests.fixtures_adapters import change_config, each, off, save_adapter, weight_changes
 from tests.fixtures_model import make_tiny_model
 from trainchain.cli.main import run_command
+from trainchain.core.adapter import WEIGHTS_FILE
 
 ROWS = [{"text": "The sky is blue."}, {"text": "A spider has eight legs."}]
 
@@ -41,6 +45,7 @@ def test_it_prints_the_folder_and_tells_every_module(
     assert err.count("  error ") == 4
     assert "4/4  error " in err
     assert "merged   2 adapters by product-mean, rank 4; largest error" in err
+    assert "hint: A higher --rank loses less, --method stacking nothing." in err
 
 
 def test_it_measures_the_base_the_adapters_and_the_result(
@@ -70,6 +75,35 @@ def test_the_residual_makes_base_and_adapter_exact_together(
     assert code == 0
     assert "use both" in err
     assert off(plain, exact) < 1e-4
+
+
+def test_a_residual_s_adapter_names_the_base_that_belongs_to_it(
+    base: Path, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the base that it was merged on it is wrong, and nothing would say so."""
+    from peft import AutoPeftModelForCausalLM
+
+    named = change_config(shutil.copytree(two[1], tmp_path / "named"), revision="main")
+    change_config(shutil.copytree(two[0], tmp_path / "other"), revision="main")
+    code, _, _ = typed(
+        capsys, tmp_path / "other", named, "-o", tmp_path / "out", "--method", "residual", "--base", base
+    )
+
+    found = dict(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").merge_and_unload().named_parameters())
+    plain = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
+    exact = each([weight_changes(base, Path(adapter)) for adapter in two], lambda found: (found[0] + found[1]) / 2)
+    assert code == 0
+    assert off({name: (found[name] - plain[name]).detach().numpy() for name in exact}, exact) < 1e-4
+
+
+def test_a_residual_s_base_does_not_hang_on_the_order_of_the_folders(
+    base: Path, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed(capsys, *two, "-o", tmp_path / "1", "--method", "residual", "--base", base)
+    typed(capsys, *two[::-1], "-o", tmp_path / "2", "--method", "residual", "--base", base)
+
+    one, other = (tmp_path / name / "base" / "model.safetensors" for name in "12")
+    assert one.read_bytes() == other.read_bytes()
 
 
 def base_to(out: Path, base: Path) -> Path:
@@ -122,15 +156,19 @@ def test_what_makes_no_sense_is_refused_with_nothing_written(
 FULL = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (%d, %d))
 from trainchain.cli.main import run_command
 sys.exit(run_command(sys.argv[1:]))
 """
 
 
-def test_a_full_disk_is_told_of_and_nothing_is_left(two: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "room"), [("product-mean", 2000), ("residual", 50000)])
+def test_a_full_disk_is_told_of_and_nothing_is_left(
+    base: Path, two: list[str], tmp_path: Path, method: str, room: int
+) -> None:
     pytest.importorskip("resource")
-    command = [sys.executable, "-c", FULL, "merge", *two, "-o", str(tmp_path / "out")]
+    flags = ["-o", str(tmp_path / "out"), "--method", method, "--base", str(base)]
+    command = [sys.executable, "-c", FULL % (room, room), "merge", *two, *flags]
 
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ))
 
@@ -161,3 +199,46 @@ def test_every_method_is_named_to_who_names_none_of_them(
 
     assert code == 2
     assert "stacking, ties, dare, residual" in err
+
+
+def test_an_adapter_that_does_not_fit_the_base_is_refused_before_anything_is_merged(
+    base: Path, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, other = tmp_path / "rows.jsonl", tmp_path / "other"
+    rows.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    shutil.copytree(base, other)
+    narrow = AutoConfig.from_pretrained(base, intermediate_size=48)
+    AutoModelForCausalLM.from_config(narrow).save_pretrained(other)
+
+    code, _, err = typed(capsys, *two, "-o", tmp_path / "out", "--base", other, "--eval", rows)
+
+    assert code == 2
+    assert "error[adapter.unfit]" in err
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "other"}
+
+
+def test_a_loss_that_is_no_number_is_still_json(
+    base: Path, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    wild = shutil.copytree(two[1], tmp_path / "wild")
+    tensors = safetensors.numpy.load_file(wild / WEIGHTS_FILE)
+    safetensors.numpy.save_file({name: tensor * 1e25 for name, tensor in tensors.items()}, wild / WEIGHTS_FILE)
+
+    flags = ["--base", base, "--eval", rows, "--json"]
+    code, said, err = typed(capsys, two[0], wild, "-o", tmp_path / "out", *flags)
+
+    losses = json.loads(said, parse_constant=pytest.fail)["losses"]
+    assert (code, losses[str(wild)]) == (0, None)
+    assert losses[two[0]] > 0
+    assert f"loss     nan  {wild}" in err
+
+
+def test_an_error_below_rounding_is_told_as_that(
+    two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, err = typed(capsys, two[0], two[0], "-o", tmp_path / "out")
+
+    assert "4/4  error  < 1e-07  " in err
+    assert "hint" not in err

@@ -1,7 +1,9 @@
 """Adapters of PEFT's merged on disk: what comes out, as PEFT loads it; what is refused, leaving nothing behind."""
 
 import json
+import math
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,36 @@ def test_ranks_and_scales_mix_by_their_products(base: Path, three: list[Path], t
     assert off(weight_changes(base, tmp_path / "low"), best) < 1e-5
 
 
+def test_a_dot_in_a_pattern_means_any_mark_as_to_peft(base: Path, three: list[Path], tmp_path: Path) -> None:
+    other = save_adapter(base, tmp_path / "other", 9, alpha_pattern={"layers.1.self.attn.q.proj": 5})
+
+    merge_folders([three[0], other], tmp_path / "out", method="stacking")
+
+    assert off(weight_changes(base, tmp_path / "out"), mean_of(base, [three[0], other], [0.5, 0.5])) < 1e-5
+
+
+def test_a_factor_mean_takes_scales_that_differ_between_modules_only(base: Path, tmp_path: Path) -> None:
+    two = [save_adapter(base, tmp_path / name, 9, alpha_pattern={"q_proj": 5}) for name in "ab"]
+
+    merge_folders(two, tmp_path / "out", method="factor-mean")
+
+    assert off(weight_changes(base, tmp_path / "out"), weight_changes(base, two[0])) < 1e-5
+
+
+def test_neither_does_it_change_what_lies_beside_the_weights(three: list[Path], tmp_path: Path) -> None:
+    copies = [shutil.copytree(adapter, tmp_path / adapter.name) for adapter in three]
+    change_config(copies[1], lora_dropout=0.1)
+    for copy in copies:
+        (copy / "tokenizer.json").write_text("{}")
+        (copy / "tokenizer_config.json").write_text(copy.name)
+
+    merge_folders(copies, tmp_path / "1")
+    merge_folders(copies[::-1], tmp_path / "2")
+
+    for file in (tmp_path / "1").iterdir():
+        assert file.read_bytes() == (tmp_path / "2" / file.name).read_bytes()
+
+
 def test_the_order_of_the_folders_changes_no_byte(three: list[Path], tmp_path: Path) -> None:
     for method in ("product-mean", "factor-mean", "stacking", "ties", "dare"):
         one = merge_folders(three, tmp_path / f"{method}-1", method=method, weights=SHARES)
@@ -160,6 +192,10 @@ def cut(folder: Path) -> None:
     (folder / WEIGHTS_FILE).write_bytes(data[:-10])
 
 
+def pickled(folder: Path) -> None:
+    (folder / WEIGHTS_FILE).rename(folder / "adapter_model.bin")
+
+
 def config(**changes: Any) -> Spoil:
     return lambda folder: change_config(folder, **changes)
 
@@ -176,6 +212,17 @@ UNREADABLE: dict[str, tuple[Spoil, str]] = {
     "an empty file": (lambda folder: (folder / WEIGHTS_FILE).write_bytes(b""), "cut"),
     "no tensors": (spoil_weights(dict.clear), "no tensor"),
     "half a pair": (spoil_weights(lambda t: t.pop(first(t))), "pair"),
+    "a rank of zero": (
+        spoil_weights(lambda t: t.update({n: t[n][:0] if "lora_A" in n else t[n][:, :0] for n in t})),
+        "pair",
+    ),
+    "an endless alpha": (config(lora_alpha=10**400), "lora_alpha"),
+    "a folder for a file": (
+        lambda folder: [(folder / WEIGHTS_FILE).unlink(), (folder / WEIGHTS_FILE).mkdir()],
+        "no adapter_m",
+    ),
+    "a pickle": (pickled, "pickle"),
+    "no folder": (shutil.rmtree, "no folder"),
 }
 UNMERGEABLE: dict[str, tuple[Spoil, str]] = {
     "another base": (config(base_model_name_or_path="other/base"), "different bases"),
@@ -184,11 +231,21 @@ UNMERGEABLE: dict[str, tuple[Spoil, str]] = {
     "biases": (config(bias="all"), "biases"),
     "a bias of its own": (config(lora_bias=True), "biases"),
     "whole modules": (config(modules_to_save=["lm_head"]), "modules_to_save"),
+    "whole modules, a number": (config(modules_to_save=5), "modules_to_save"),
+    "tokens that wake it": (config(alora_invocation_tokens=[5]), "alora_invocation_tokens"),
+    "parameters": (config(target_parameters=["mlp.experts"]), "target_parameters"),
+    "blocks of a quantized base": (config(use_qalora=True), "use_qalora"),
+    "other layers": (config(layer_replication=[[0, 1], [0, 1]]), "layer_replication"),
     "another scale of rsLoRA": (config(use_rslora=True), "rsLoRA"),
     "a changed base": (config(init_lora_weights="pissa"), "pissa"),
     "no LoRA": (config(peft_type="IA3"), "IA3"),
     "a pattern": (config(alpha_pattern={".*q_proj": 2}), "alpha_pattern"),
     "another tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizers"),
+    "another tokenizer of words": (lambda folder: (folder / "tokenizer.model").write_text("b"), "tokenizer.model"),
+    "a convolution": (
+        spoil_weights(lambda t: t.update({n: t[n][..., None, None] for n in t if "down_proj" in n})),
+        "linear",
+    ),
     "fewer modules": (spoil_weights(lambda t: [t.pop(name) for name in list(t) if "layers.1." in name]), "modules"),
     "a tensor besides": (spoil_weights(lambda t: t.update(x=np.ones(2))), "'x'"),
     "NaN": (spoil_weights(lambda t: t.update({first(t): t[first(t)] * np.nan})), "NaN"),
@@ -206,6 +263,7 @@ def test_one_bad_adapter_is_named_and_nothing_is_left(base: Path, three: list[Pa
     copies = [shutil.copytree(adapter, tmp_path / "in" / adapter.name) for adapter in three]
     for copy in copies:
         shutil.copyfile(base / "tokenizer.json", copy / "tokenizer.json")
+        (copy / "tokenizer.model").write_text("a")
     spoil(copies[1])
 
     with pytest.raises(TrainChainError) as caught:
@@ -224,18 +282,29 @@ def refused(code: str, *arguments: Any, **options: Any) -> TrainChainError:
     return caught.value
 
 
-@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.5, 0.7, -0.2], [0.5, 0.5, float("nan")], [1, 2, 3], [0, 0, 0]])
+@pytest.mark.parametrize(
+    "weights", [[0.5, 0.5], [0.5, 0.7, -0.2], [0.5, 0.5, float("nan")], [1, 2, 3], [0, 0, 0], [1e308] * 3]
+)
 def test_weights_that_are_no_shares_are_refused(three: list[Path], tmp_path: Path, weights: list[float]) -> None:
     error = refused("usage.flag", three, tmp_path / "out", weights=weights)
 
     assert "--weights" in error.message
     if sum(weights) == 6:
-        assert error.hint == "--weights 0.166667,0.333333,0.5"
+        assert error.hint == "--weights 0.166666667,0.333333333,0.5"
     assert not (tmp_path / "out").exists()
 
 
-def test_a_hint_s_weights_are_taken(three: list[Path], tmp_path: Path) -> None:
-    merge_folders(three, tmp_path / "out", weights=[0.166667, 0.333333, 0.5])
+@pytest.mark.parametrize("weights", [[1, 2, 3], [1, 1, 1], [1] * 7, [2] * 99])
+def test_a_hint_s_weights_are_taken(three: list[Path], tmp_path: Path, weights: list[float]) -> None:
+    adapters = [three[0]] * len(weights)
+    hint = refused("usage.flag", adapters, tmp_path / "out", weights=weights).hint
+
+    merge_folders(adapters, tmp_path / "out", weights=[float(each) for each in hint.split()[1].split(",")])
+
+
+def test_the_weight_that_is_wrong_is_named(three: list[Path], tmp_path: Path) -> None:
+    assert "has inf" in refused("usage.flag", three, tmp_path / "out", weights=[0, 1, math.inf]).message
+    assert "1.000002" in refused("usage.flag", three, tmp_path / "out", weights=[0, 1, 2e-6]).message
 
 
 def test_what_makes_no_merge_is_refused(base: Path, three: list[Path], tmp_path: Path) -> None:
@@ -252,6 +321,7 @@ def test_what_makes_no_merge_is_refused(base: Path, three: list[Path], tmp_path:
     assert "'mean'" in refused("usage.flag", three, out, method="mean").message
     assert "rank" in refused("usage.flag", three, out, method="stacking", rank=4).message
     assert "--rank" in refused("usage.flag", three, out, rank=0).message
+    assert "--density" in refused("usage.flag", three, out, density=0.5).message
     assert "not empty" in refused("usage.flag", three, tmp_path / "full").message
     assert "nowhere" in refused("adapter.unreadable", [three[0], tmp_path / "nowhere"], out).message
     assert not out.exists()
@@ -264,3 +334,36 @@ def test_a_base_that_was_named_makes_two_names_one(three: list[Path], tmp_path: 
     merge_folders([three[0], renamed], tmp_path / "out", any_base=True)
 
     assert (tmp_path / "out" / WEIGHTS_FILE).exists()
+
+
+def test_what_cannot_be_put_in_place_whole_is_refused_before_the_work(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+
+    for target in (Path(), tmp_path / "here", tmp_path / "link"):
+        assert "put in place" in refused("usage.flag", three, target, ready=pytest.fail).message
+    assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.parametrize("method", ["product-mean", "factor-mean", "stacking", "ties", "dare"])
+@pytest.mark.parametrize("size", [1e60, 1e160, 1e300])
+def test_numbers_too_large_to_merge_are_refused_without_a_warning(
+    three: list[Path], tmp_path: Path, method: str, size: float
+) -> None:
+    huge = [shutil.copytree(adapter, tmp_path / adapter.name) for adapter in three]
+    for folder in huge:
+        spoil_weights(lambda t: t.update({name: t[name] * np.float64(size) for name in t}))(folder)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "fp32" in refused("merge.unmergeable", huge, tmp_path / "out", method=method).message
+
+
+def test_a_file_that_is_cut_meanwhile_is_told_of(three: list[Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(three[0], tmp_path / "copy")
+
+    assert "cut" in refused("adapter.unreadable", [copy, three[1]], tmp_path / "out", ready=lambda: cut(copy)).message
+    assert not (tmp_path / "out").exists()

@@ -7,12 +7,13 @@ from every adapter.
 import errno
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -58,6 +59,10 @@ def merge_folders(
         raise TrainChainError(
             "usage.flag", f"--density {density:g} is not above 0 and at most 1.", hint="--density 0.5"
         )
+    if density is not None and method in METHODS.keys() - DENSITY.keys():
+        raise TrainChainError(
+            "usage.flag", f"--density is of ties and dare: {method} takes all numbers.", hint="Leave --density out."
+        )
     shares = _shares(weights, len(folders))
     adapters = [look(path) for path in folders]
     _check_alike(adapters, any_base=any_base)
@@ -66,9 +71,10 @@ def merge_folders(
     errors: dict[str, float] = {}
     with _making(target) as making:
         ready()
-        config = _merged_config(adapters, wanted, alpha)
+        in_order = sorted(adapters, key=_beside_weights)
+        config = _merged_config(in_order[0], wanted, alpha)
         (making / CONFIG_FILE).write_text(config, encoding="utf-8", newline="\n")
-        _copy_tokenizer(adapters, making)
+        _copy_tokenizer(in_order, making)
         merged = _merged(adapters, shares, method, wanted, density or DENSITY.get(method, 1.0), scale)
         _write(making / WEIGHTS_FILE, adapters[0], wanted, merged, errors, on_module)
         if beside is not None:
@@ -90,8 +96,8 @@ def residual_adapter(adapters: Sequence[AdapterFolder], shares: Sequence[float])
     rank = 0
     with _opened(adapters) as files:
         for module in adapters[0].modules:
-            factors = [each.factors(each.raw(file, module), module) for each, file in zip(adapters, files, strict=True)]
-            left = residual(shares, factors)
+            each = _lies(adapters, files, shares, module)
+            left = residual([one.share for one in each], [one.adapter.factors(one.raw, module) for one in each])
             rank = left.rank
             found[module + A_SUFFIX], found[module + B_SUFFIX] = left.a.astype(np.float32), left.b.astype(np.float32)
     return found, rank
@@ -105,17 +111,38 @@ def _merged(
     room = np.empty(max(sum(adapter.count(module) for adapter in adapters) for module in adapters[0].modules))
     with _opened(adapters) as files:
         for module in adapters[0].modules:
-            lies = [adapter.raw(file, module) for adapter, file in zip(adapters, files, strict=True)]
-            # By their bytes, so that the order in which folders are named cannot matter.
-            each = sorted(zip(lies, (adapter.scales[module] for adapter in adapters), shares, adapters, strict=True),
-                          key=lambda one: one[:3])  # fmt: skip
-            drops = [int(sha256(module.encode() + b + a)[:16], 16) for (b, a), *_ in each] if method == "dare" else []
-            rooms = np.split(room, np.cumsum([adapter.count(module) for *_, adapter in each]))
-            factors = [adapter.factors(raw, module, own) for (raw, *_, adapter), own in zip(each, rooms, strict=False)]
-            like = factors[0] if factors[0].rank == rank else None
-            wanted = Wanted(rank, like=like, density=density, seeds=drops)
-            found, error = METHODS[method]([share for _, _, share, _ in each], factors, wanted)
+            each = _lies(adapters, files, shares, module)
+            drops = [int(sha256(module.encode() + b"".join(one.raw))[:16], 16) for one in each if method == "dare"]
+            rooms = np.split(room, np.cumsum([one.adapter.count(module) for one in each]))
+            try:
+                with np.errstate(over="ignore", invalid="ignore"):  # what does not fit float64 is told of by its result
+                    factors = [one.adapter.factors(one.raw, module, own) for one, own in zip(each, rooms, strict=False)]
+                    like = factors[0] if factors[0].rank == rank else None
+                    wanted = Wanted(rank, like=like, density=density, seeds=drops)
+                    found, error = METHODS[method]([one.share for one in each], factors, wanted)
+            except np.linalg.LinAlgError:
+                raise _too_large(module) from None
             yield module, _padded(Factors(found.b / scale, found.a), rank), error
+
+
+class _Lying(NamedTuple):
+    """One adapter's B and A of a module, as they lie in its file."""
+
+    raw: tuple[bytes, bytes]
+    scale: float
+    share: float
+    adapter: AdapterFolder
+
+
+def _lies(
+    adapters: Sequence[AdapterFolder], files: Sequence[BinaryIO], shares: Sequence[float], module: str
+) -> list[_Lying]:
+    """A module of every adapter, by its bytes: the order in which folders are named cannot matter."""
+    found = [
+        _Lying(adapter.raw(file, module), adapter.scales[module], share, adapter)
+        for adapter, file, share in zip(adapters, files, shares, strict=True)
+    ]
+    return sorted(found, key=lambda one: one[:3])
 
 
 def _write(
@@ -136,13 +163,18 @@ def _write(
         file.write(header)
         for done, (module, factors, error) in enumerate(merged, 1):
             for values in (factors.a, factors.b):
-                narrow = values.astype("<f4")
-                if not np.isfinite(narrow).all():
-                    name = module.removeprefix(PREFIX)
-                    raise TrainChainError("merge.unmergeable", f"Merged, {name} has numbers that fp32 does not hold.")
+                with np.errstate(over="ignore"):
+                    narrow = values.astype("<f4")
+                if not (np.isfinite(narrow).all() and math.isfinite(error)):
+                    raise _too_large(module)
                 file.write(narrow.tobytes())
             errors[module] = error
             on_module(done, len(like.modules), module.removeprefix(PREFIX), error)
+
+
+def _too_large(module: str) -> TrainChainError:
+    name = module.removeprefix(PREFIX)
+    return TrainChainError("merge.unmergeable", f"Merged, {name} has numbers that fp32 does not hold.")
 
 
 @contextmanager
@@ -154,8 +186,14 @@ def _opened(adapters: Sequence[AdapterFolder]) -> Iterator[list[BinaryIO]]:
 @contextmanager
 def _making(target: Path) -> Iterator[Path]:
     """A folder that takes `target`'s name once all of it is there; after a failure nothing is left."""
-    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise TrainChainError("usage.flag", f"{target} exists and is not empty.", hint="Name another folder with -o.")
+    if target.is_symlink() or os.path.ismount(target) or (target.exists() and target.samefile(Path.cwd())):
+        raise TrainChainError(
+            "usage.flag",
+            f"{target} is a link, a disk of its own or the folder that you are in, so it cannot be put in place whole.",
+            hint=f"Name a new folder in it: -o {target / 'merged'}",
+        )
     parent = target.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +224,8 @@ def _check_alike(adapters: Sequence[AdapterFolder], *, any_base: bool) -> None:
                 f"{both} name different bases: {first.base} and {other.base}.",
                 hint="If they are the same base under two names, --base DIR names it.",
             )
+        if (first.config.get("layer_replication") or None) != (other.config.get("layer_replication") or None):
+            raise TrainChainError("merge.unmergeable", f"{both} build their base differently: see layer_replication.")
         if odd := sorted(first.scales.keys() ^ other.scales.keys()):
             name = odd[0].removeprefix(PREFIX)[:200]
             raise TrainChainError("merge.unmergeable", f"{both} have different target modules: {name} is in one only.")
@@ -201,10 +241,9 @@ def _check_alike(adapters: Sequence[AdapterFolder], *, any_base: bool) -> None:
                     f"{both} are of different bases: {name} maps {shapes[0][1]} to {shapes[0][0]} numbers in one, "
                     f"{shapes[1][1]} to {shapes[1][0]} in the other.",
                 )
-        if first.tokenizer and other.tokenizer and first.tokenizer != other.tokenizer:
-            raise TrainChainError(
-                "merge.unmergeable", f"{both} have different tokenizers: their tokenizer.json differ."
-            )
+        for name in sorted(first.vocabulary.keys() & other.vocabulary.keys()):
+            if first.vocabulary[name] != other.vocabulary[name]:
+                raise TrainChainError("merge.unmergeable", f"{both} have different tokenizers: their {name} differ.")
         if any(each.config.get("use_rslora") for each in (first, other)):
             for module in first.modules:
                 if not math.isclose(first.scales[module], other.scales[module], rel_tol=1e-9):
@@ -216,10 +255,16 @@ def _check_alike(adapters: Sequence[AdapterFolder], *, any_base: bool) -> None:
                     )
 
 
+def _beside_weights(adapter: AdapterFolder) -> tuple[str, list[str]]:
+    """What an adapter's configuration and tokenizer are sorted by: whose the result gets must not hang on the order."""
+    files = [adapter.path / name for name in TOKENIZER_FILES]
+    return json.dumps(adapter.config, sort_keys=True), [sha256_file(file) if file.is_file() else "" for file in files]
+
+
 def _copy_tokenizer(adapters: Sequence[AdapterFolder], making: Path) -> None:
     """That of the first folder that brings one: all that do bring the same."""
     for adapter in adapters:
-        if adapter.tokenizer is not None:
+        if adapter.vocabulary:
             for name in TOKENIZER_FILES:
                 if (adapter.path / name).is_file():
                     shutil.copyfile(adapter.path / name, making / name)
@@ -231,13 +276,14 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
         return [1.0 / count] * count
     if len(weights) != count:
         raise TrainChainError("usage.flag", f"{count} adapters need {count} weights; --weights has {len(weights)}.")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
-        raise TrainChainError("usage.flag", f"--weights has {min(weights):g}; a weight is 0 or more.")
+    odd = [weight for weight in weights if not 0 <= weight < 2**64]
+    if odd:
+        raise TrainChainError("usage.flag", f"--weights has {odd[0]:g}; a weight is a share from 0 to 1.")
     total = math.fsum(weights)
     if not math.isclose(total, 1.0, abs_tol=OFF_BY):
-        fair = ",".join(f"{weight / total:.6g}" for weight in weights) if total > 0 else ""
+        fair = ",".join(f"{weight / total:.9g}" for weight in weights) if total > 0 else ""
         raise TrainChainError(
-            "usage.flag", f"--weights sum to {total:g}, not to 1.", hint=f"--weights {fair}" if fair else ""
+            "usage.flag", f"--weights sum to {total:.9g}, not to 1.", hint=f"--weights {fair}" if fair else ""
         )
     return [weight / total for weight in weights]
 
@@ -262,21 +308,23 @@ def _common_scale(adapters: Sequence[AdapterFolder], method: str, rank: int) -> 
     scales = {scale for adapter in adapters for scale in adapter.scales.values()}
     if len(scales) == 1 and (alpha := scales.copy().pop() * rank).is_integer() and alpha > 0:
         return scales.pop(), int(alpha)
-    if len(scales) > 1 and method == "factor-mean":
-        low, high = min(scales), max(scales)
-        raise TrainChainError(
-            "merge.unmergeable",
-            f"factor-mean cannot mix scales ({low:.4g} to {high:.4g}): the factors' sizes mean different things.",
-            hint="--method product-mean merges adapters of any scale.",
-        )
+    for module in adapters[0].modules if method == "factor-mean" else []:
+        found = sorted({adapter.scales[module] for adapter in adapters})
+        if len(found) > 1:
+            raise TrainChainError(
+                "merge.unmergeable",
+                f"factor-mean cannot mix scales ({found[0]:.4g} to {found[-1]:.4g}): the factors' sizes mean different "
+                "things.",
+                hint="--method product-mean merges adapters of any scale.",
+            )
     return 1.0, rank
 
 
-def _merged_config(adapters: Sequence[AdapterFolder], rank: int, alpha: int) -> str:
-    found = dict(adapters[0].config)
+def _merged_config(like: AdapterFolder, rank: int, alpha: int) -> str:
+    found = dict(like.config)
     found |= {"r": rank, "lora_alpha": alpha, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     found |= {"inference_mode": True, "init_lora_weights": True, "modules_to_save": None, "bias": "none"}
-    found["target_modules"] = [module.removeprefix(PREFIX) for module in adapters[0].modules]
+    found["target_modules"] = [module.removeprefix(PREFIX) for module in like.modules]
     return json.dumps(found, indent=2, sort_keys=True) + "\n"
 
 

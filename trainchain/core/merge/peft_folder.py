@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,9 +20,23 @@ from trainchain.core.merge.lowrank import Factors, Matrix
 from trainchain.core.segments import from_bf16
 
 MAX_CONFIG = 1 << 20
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+MAX_ALPHA = 1 << 64
+PICKLE = "adapter_model.bin"
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Initialisations of LoRA that leave the base as it is."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+MORE_THAN_LORA = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "target_parameters",
+    "use_bdlora",
+    "use_qalora",
+)
+"""What in a configuration makes of B·A something else than a change of a layer's weight."""
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+"""What decides which numbers a text is."""
+TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 _MODULE = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight")
 
@@ -48,11 +63,11 @@ class AdapterFolder:
         name, revision = self.config.get("base_model_name_or_path"), self.config.get("revision")
         return str(name)[:200] + (f" at {str(revision)[:60]}" if revision else "")
 
-    @property
-    def tokenizer(self) -> str | None:
-        """The digest of the tokenizer that it brings, if it brings one."""
-        file = self.path / TOKENIZER_FILES[0]
-        return sha256_file(file) if file.is_file() else None
+    @cached_property
+    def vocabulary(self) -> dict[str, str]:
+        """The digests, by name, of what it brings of a tokenizer."""
+        files = [self.path / name for name in VOCABULARY_FILES]
+        return {file.name: sha256_file(file) for file in files if file.is_file()}
 
     @property
     def modules(self) -> list[str]:
@@ -69,6 +84,8 @@ class AdapterFolder:
             slot = self.slots[module + suffix]
             file.seek(slot.offset)
             found.append(file.read(slot.size))
+            if len(found[-1]) != slot.size:
+                raise _unreadable(self.path, f"{WEIGHTS_FILE} was cut while it was read")
         return found[0], found[1]
 
     def count(self, module: str) -> int:
@@ -99,9 +116,23 @@ def look(path: Path) -> AdapterFolder:
     Raises TrainChainError: adapter.unreadable for what is no LoRA folder of PEFT's; merge.unmergeable, naming it, for
     what no product of two matrices says (DoRA, biases, modules_to_save, embeddings, changed bases).
     """
-    config = _config(path)
+    if not path.is_dir():
+        raise TrainChainError(
+            "adapter.unreadable",
+            f"{path} is no folder here.",
+            hint="To fetch one from Hugging Face first: hf download OWNER/NAME --local-dir DIR",
+        )
     weights = path / WEIGHTS_FILE
-    slots = _slots(weights)
+    if not weights.exists() and (path / PICKLE).exists():
+        raise TrainChainError(
+            "adapter.unreadable",
+            f"{path} has its weights as a pickle, {PICKLE}, which can run code when it is read.",
+            hint="If you trust it, load it with PEFT and save it again: save_pretrained writes safetensors.",
+        )
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (path / name).is_file():
+            raise _unreadable(path, f"it has no {name}")
+    config, slots = _config(path), _slots(weights)
     _refuse_more_than_lora(path, config, slots)
     scales: dict[str, float] = {}
     for name in slots:
@@ -109,7 +140,15 @@ def look(path: Path) -> AdapterFolder:
             raise unmergeable(path, f"it has the tensor {name[:200]!r}, which is no lora_A or lora_B of a linear layer")
         module = name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX)
         a, b = slots.get(module + A_SUFFIX), slots.get(module + B_SUFFIX)
-        if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        if a is not None and b is not None and len(a.shape) == len(b.shape) > 2:
+            raise unmergeable(path, f"{module.removeprefix(PREFIX)[:200]} is a convolution, not a linear layer")
+        if (
+            a is None
+            or b is None
+            or not len(a.shape) == len(b.shape) == 2
+            or a.shape[0] != b.shape[1]
+            or 0 in a.shape + b.shape
+        ):
             raise _unreadable(
                 path, f"{module.removeprefix(PREFIX)[:200]} is not a pair of matrices (out, r) and (r, in)"
             )
@@ -168,10 +207,12 @@ def _refuse_more_than_lora(path: Path, config: Mapping[str, Any], slots: Mapping
     if config.get("bias", "none") != "none" or config.get("lora_bias") or any(".bias" in name for name in slots):
         raise unmergeable(path, "it trained biases, which are not part of B·A")
     if config.get("modules_to_save"):
-        names = ", ".join(map(str, config["modules_to_save"]))[:200]
-        raise unmergeable(path, f"it has modules_to_save ({names}): whole weights, not a change of low rank")
+        names = str(config["modules_to_save"])[:200]
+        raise unmergeable(path, f"it has modules_to_save {names}: whole weights, not a change of low rank")
     if any("lora_embedding" in name for name in slots) or config.get("trainable_token_indices"):
         raise unmergeable(path, "it trained embeddings")
+    if odd := next((key for key in MORE_THAN_LORA if config.get(key)), None):
+        raise unmergeable(path, f"with its {odd} B·A is more, or other, than a change of a layer's weight")
     start = config.get("init_lora_weights", True)
     if start not in PLAIN_STARTS:
         raise unmergeable(path, f"init_lora_weights {str(start)[:60]!r} changed its base")
@@ -181,17 +222,28 @@ def _scale(path: Path, config: Mapping[str, Any], module: str, rank: int) -> flo
     """What the product is multiplied by: alpha / r, or alpha / sqrt(r) of rsLoRA (arXiv 2312.03732)."""
     told = _of_pattern(path, config, "rank_pattern", module, config.get("r"))
     alpha = _of_pattern(path, config, "alpha_pattern", module, config.get("lora_alpha"))
-    if told != rank or isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise _unreadable(path, f"{module[:200]} has rank {rank}; {CONFIG_FILE} says r {told} and lora_alpha {alpha}")
+    if told != rank or isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < MAX_ALPHA:
+        says = f"{CONFIG_FILE} says r {told!s:.40} and lora_alpha {alpha!s:.40}"
+        raise _unreadable(path, f"{module[:200]} has rank {rank}; {says}")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _of_pattern(path: Path, config: Mapping[str, Any], key: str, module: str, usual: Any) -> Any:
-    """A value of one module: PEFT takes the first name in the pattern that the module's ends with."""
+    """A value of one module: PEFT takes that of the first name in the pattern which means the module."""
     pattern = config.get(key) or {}
     if not isinstance(pattern, dict) or not all(re.fullmatch(r"[\w.]+", name) for name in pattern):
         raise unmergeable(path, f"its {key} is not made of modules' names")
-    return next((value for name, value in pattern.items() if f".{module}".endswith(f".{name}")), usual)
+    return next((value for name, value in pattern.items() if _means(name, module)), usual)
+
+
+def _means(name: str, module: str) -> bool:
+    """Whether the module's last names are these. To PEFT a name is a regular expression: a dot is any mark."""
+    end = f".{module}"[-len(name) - 1 :]
+    return end[0] == "." and len(end) == len(name) + 1 and all(map(_is, name, end[1:]))
+
+
+def _is(wanted: str, found: str) -> bool:
+    return wanted in (".", found)
 
 
 def _numbers(data: bytes, dtype: str) -> NDArray[np.floating[Any]]:

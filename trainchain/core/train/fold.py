@@ -5,6 +5,8 @@ the base's own files, unchanged.
 """
 
 import json
+import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -32,7 +35,7 @@ def fold(base: Path, adapter: Adapter, lora: Lora, target: Path) -> str:
 
     Where the base's files mix dtypes it is the widest of them. Needs memory for the weights and a module in float32.
     Raises TrainChainError: model.unreadable; adapter.unfit for an adapter of another base; merge.unmergeable for a sum
-    that is not finite in that dtype.
+    that is not finite in that dtype; OSError for a full disk.
     """
     check_folder(base)
     dtype = stored_dtype(base)
@@ -64,7 +67,13 @@ def fold(base: Path, adapter: Adapter, lora: Lora, target: Path) -> str:
             _fold_module(name, module, dtype)
     plain = adapted.unload()
     plain.generation_config = GenerationConfig()  # the base's own file is kept, also where it would be found odd here
-    plain.save_pretrained(target, max_shard_size=SHARD)
+    try:
+        plain.save_pretrained(target, max_shard_size=SHARD)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))  # its word for what the system refused
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from None
     for file in target.iterdir():
         if file.suffix != ".safetensors" and file.name != INDEX:
             file.unlink()
