@@ -15,6 +15,7 @@ from trainchain.core.models import Counts
 from trainchain.core.schedule import learning_rate
 from trainchain.core.segments import proof, start_leaf, verify
 from trainchain.core.train.data import TokenizedData, data_order, shard_batches
+from trainchain.core.train.evaluate import WORST
 from trainchain.core.train.packed import MicroBatch, micro_batch
 
 LEASE = "0x" + "ab" * 32
@@ -242,6 +243,13 @@ def test_a_model_whose_documents_leak_is_refused(make_job: MakeJob, monkeypatch:
     with pytest.raises(TrainChainError, match="does not keep packed documents apart") as caught:
         job.engine()
     assert caught.value.code == "model.unreadable"
+
+
+def test_a_ruined_model_has_the_worst_held_out_loss(make_job: MakeJob) -> None:
+    """What no evaluator could report on would be merged unjudged."""
+    job = make_job()
+
+    assert job.engine().evaluate({name: np.full_like(tensor, 1e30) for name, tensor in job.start.items()}) == WORST
 
 
 def test_what_explodes_is_named(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """What a job is judged by: its held-out loss, each row by itself, and its answers to the owner's prompts."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from trainchain.core.errors import TrainChainError
 from trainchain.core.models import Counts
 from trainchain.core.train.data import TokenizedData
 from trainchain.core.train.packed import MicroBatch, micro_batch, split
+
+WORST = 1e6
+"""The highest held-out loss that a hub takes down."""
 
 
 def count_held_out(documents: TokenizedData) -> Counts:
@@ -25,14 +28,13 @@ def mean_loss(
 ) -> float:
     """Mean negative log-likelihood per supervised token, in batches of at most `budget` tokens (or one row).
 
-    Raises TrainChainError train.diverged when it is not a finite number.
+    WORST where it is more, or not a number: an adapter that ruins the model must be told of, not passed over.
     """
     groups = split(documents.lengths(), range(len(documents.ids)), budget)
     sums = loss_sums([micro_batch(documents, rows, device) for rows in groups])
     total = torch.stack(sums).cpu().double()
-    if not torch.isfinite(total).all():
-        raise TrainChainError("train.diverged", "The held-out loss is not a finite number.")
-    return float(total.sum()) / int(sum(documents.supervised))
+    loss = float(total.sum()) / int(sum(documents.supervised))
+    return min(loss, WORST) if math.isfinite(loss) else WORST
 
 
 def answers(base: Any, tokenizer: Any, prompts: Sequence[str], *, new_tokens: int, device: torch.device) -> list[str]:
