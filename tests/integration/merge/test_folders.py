@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from transformers import AutoTokenizer
 
 from tests.fixtures_adapters import change_config, each, off, save_adapter, weight_changes
 from tests.fixtures_model import make_tiny_model
@@ -169,6 +170,20 @@ def test_the_result_stands_beside_its_tokenizer_and_names_its_base(
     assert config["base_model_name_or_path"] == str(base)
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8, "LORA")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, "tokenizer.json"}
+
+
+def test_tokenizers_that_cut_rows_elsewhere_are_one(base: Path, three: list[Path], tmp_path: Path) -> None:
+    """A tokenizer is written with the truncation that it was last called with."""
+    copies = [shutil.copytree(adapter, tmp_path / adapter.name) for adapter in three[:2]]
+    for copy, length in zip(copies, (128, 512), strict=True):
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer("some text", truncation=True, max_length=length)
+        tokenizer.save_pretrained(copy)
+    assert (copies[0] / "tokenizer.json").read_bytes() != (copies[1] / "tokenizer.json").read_bytes()
+
+    merge_folders(copies, tmp_path / "out")
+
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
 Spoil = Callable[[Path], Any]

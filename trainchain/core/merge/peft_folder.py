@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from trainchain.core.adapter import A_SUFFIX, B_SUFFIX, CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from trainchain.core.digests import sha256_file
+from trainchain.core.digests import sha256, sha256_file
 from trainchain.core.errors import TrainChainError
 from trainchain.core.merge.lowrank import Factors, Matrix
 from trainchain.core.segments import from_bf16
 
 MAX_CONFIG = 1 << 20
+MAX_TOKENIZER = 1 << 27
 MAX_ALPHA = 1 << 64
 PICKLE = "adapter_model.bin"
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -67,7 +68,7 @@ class AdapterFolder:
     def vocabulary(self) -> dict[str, str]:
         """The digests, by name, of what it brings of a tokenizer."""
         files = [self.path / name for name in VOCABULARY_FILES]
-        return {file.name: sha256_file(file) for file in files if file.is_file()}
+        return {file.name: _digest(file) for file in files if file.is_file()}
 
     @property
     def modules(self) -> list[str]:
@@ -156,6 +157,20 @@ def look(path: Path) -> AdapterFolder:
     if not scales:
         raise _unreadable(path, f"{WEIGHTS_FILE} holds no tensor")
     return AdapterFolder(path, config, slots, scales)
+
+
+def _digest(file: Path) -> str:
+    """Of a vocabulary file; of a tokenizer.json without how long rows were to be when it was written."""
+    if file.name != "tokenizer.json" or file.stat().st_size > MAX_TOKENIZER:
+        return sha256_file(file)
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return sha256_file(file)
+    if not isinstance(found, dict):
+        return sha256_file(file)
+    kept = {key: value for key, value in found.items() if key not in ("padding", "truncation")}
+    return sha256(json.dumps(kept, sort_keys=True).encode())
 
 
 def _config(path: Path) -> dict[str, Any]:
