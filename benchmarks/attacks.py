@@ -256,7 +256,8 @@ class Field:
                 for shard, each in zip(itertools.count(), [*honest, *sent], strict=False)
             ]
             digests = frozenset(update.digest for update in updates[: len(honest)])
-            adam = Adam(training.adam_beta1, training.adam_beta2, round_ * self.recipe.steps)
+            steps = round_ * self.recipe.steps
+            adam = Adam(training.adam_beta1, training.adam_beta2, steps, training.max_grad_norm)
             rounds.append(Round(merge(way, start, updates, before=before, adam=adam), digests))
             step = outer_step(way, start, rounds[-1].merged)
             moments = decode(step.data, way.encoding, self._shapes, moments=way.hands_on).moments

@@ -16,8 +16,8 @@ LEASE = "0x" + "00" * 32
 def train(spec: Mapping[str, Any]) -> dict[str, Any]:
     """`jobs` is one job whose shards the workers take, or one for each worker, who takes all of its shards.
 
-    `merge` has the fields of the recipe's `merge`; `dies` and `late` are the shares of contributions that are lost,
-    and that are merged a round late with half of their weight, both drawn from `seed`.
+    `merge` has the fields of the recipe's `merge`; `dies` and `late` are the shares of every round's contributions that
+    are lost, and that are merged a round late with half of their weight. Which ones is drawn from `seed`.
     """
     import numpy as np
     from safetensors.numpy import save_file
@@ -39,11 +39,11 @@ def train(spec: Mapping[str, Any]) -> dict[str, Any]:
     for round_ in range(1, recipe.rounds + 1):
         own: list[Update] = []
         late: set[str] = set()
-        draws = random.random((len(places), 2))
-        survivor = int(np.argmax(draws[:, 0]))
-        for at, (engine, shard) in enumerate(places):
-            if draws[at, 0] < spec["dies"] and at != survivor:
+        lost, slow = (round(spec[share] * len(places)) for share in ("dies", "late"))
+        for at, place in enumerate(random.permutation(len(places))):
+            if at < lost:
                 continue
+            engine, shard = places[place]
             result = engine.train(start, round_, shard, LEASE, moments=moments)
             tokens += result.counts.tokens
             if alone:
@@ -52,7 +52,7 @@ def train(spec: Mapping[str, Any]) -> dict[str, Any]:
             data = encode(result.delta, way.encoding, result.moments if way.hands_on else None)
             up.append(len(data))
             own.append(Update(sha256(data), result.counts.tokens, *read_delta(data, recipe, shapes, round_)))
-            if draws[at, 1] < spec["late"] and at != survivor:
+            if at >= len(places) - slow:
                 late.add(own[-1].digest)
         if alone:
             continue
@@ -63,7 +63,7 @@ def train(spec: Mapping[str, Any]) -> dict[str, Any]:
             for update in own
             if update.digest in late
         ]
-        adam = Adam(training.adam_beta1, training.adam_beta2, round_ * recipe.steps)
+        adam = Adam(training.adam_beta1, training.adam_beta2, round_ * recipe.steps, training.max_grad_norm)
         step = outer_step(way, start, merge(way, start, updates, before=before, adam=adam))
         moments = decode(step.data, way.encoding, shapes, moments=way.hands_on).moments
         before, start = start, step.adapter
