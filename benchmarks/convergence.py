@@ -200,8 +200,8 @@ class Trained(Runs):
         """One for all workers, whose shards they share, or for one machine; or one for each worker's domain."""
         plan, alone = self.plan, run.side == ONE
         size = Size(run.per_round, plan.batch, plan.sequence_len, rounds=plan.steps // run.per_round)
-        if alone:
-            size = replace(size, batch=plan.batch * plan.workers)
+        if alone:  # where contributions die it takes fewer tokens, too
+            size = replace(size, batch=round(plan.batch * plan.workers * (1 - run.dies)))
         elif not run.domains:
             size = replace(size, shards=plan.workers)
         data = [plan.train]
@@ -253,7 +253,7 @@ def study(runs: Trained, figures: list[report.Figure], more: dict[str, Any]) -> 
         return Run(side, seed, rates[TUNED_LIKE[side]], per_round, **changes)
 
     main_ = [run(side, seed) for seed in range(plan.seeds) for side in (ONE, FACTOR, OURS)]
-    churn = [run(side, seed, dies=plan.dies) for seed in range(plan.seeds) for side in (FACTOR, OURS)]
+    churn = [run(side, seed, dies=plan.dies) for seed in range(plan.seeds) for side in (ONE, FACTOR, OURS)]
     late = [run(OURS, late=plan.dies)]
     longer = [run(side, per_round=steps) for steps in plan.per_round[1:] for side in (FACTOR, OURS)]
     others = [run(side) for side in WAYS if side not in (ONE, FACTOR, OURS)] if plan.seeds > 1 else []
@@ -278,10 +278,12 @@ def study(runs: Trained, figures: list[report.Figure], more: dict[str, Any]) -> 
     mine = mean(gap(run(OURS, seed), run(ONE, seed)) for seed in seeds)
     figures.append(report.Figure("loss above one machine, factor mean", round(theirs, 2), "%"))
     figures.append(report.at_most("loss above one machine, ours", mine, "%", 1.0, digits=2, peer=round(theirs, 2)))
-    for side in (FACTOR, OURS):
+    for side in (ONE, FACTOR, OURS):
         cost = mean(gap(run(side, seed, dies=plan.dies), run(side, seed)) for seed in seeds)
         name = f"loss added where {plan.dies:.0%} of contributions die, {side}"
         figures.append(report.at_most(name, cost, "%", 1.0, digits=2) if side == OURS else _plain(name, cost))
+    gone = mean(gap(run(OURS, seed, dies=plan.dies), run(ONE, seed, dies=plan.dies)) for seed in seeds)
+    figures.append(_plain("loss above one machine that takes as few tokens, ours where they die", gone))
     figures.append(_plain(f"loss added where {plan.dies:.0%} come a round late, ours", gap(late[0], run(OURS))))
     for each in longer:
         name = f"loss above one machine, {each.side}, {each.per_round} steps a round, seed 0"
