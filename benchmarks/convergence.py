@@ -284,6 +284,7 @@ def study(runs: Trained, figures: list[report.Figure], more: dict[str, Any]) -> 
         figures.append(report.at_most(name, cost, "%", 1.0, digits=2) if side == OURS else _plain(name, cost))
     gone = mean(gap(run(OURS, seed, dies=plan.dies), run(ONE, seed, dies=plan.dies)) for seed in seeds)
     figures.append(_plain("loss above one machine that takes as few tokens, ours where they die", gone))
+    figures.append(report.at_most("of that, what churn adds beside fewer tokens", gone - mine, "%", 1.0, digits=2))
     figures.append(_plain(f"loss added where {plan.dies:.0%} come a round late, ours", gap(late[0], run(OURS))))
     for each in longer:
         name = f"loss above one machine, {each.side}, {each.per_round} steps a round, seed 0"

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import trainchain
+
 Value = float | int | str | bool | None
 
 
@@ -104,6 +106,8 @@ def _memory() -> float | None:
 
 
 def _version(package: str) -> str:
+    if package == "trainchain":  # what is measured, not what was installed once
+        return trainchain.__version__
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
