@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -161,16 +162,13 @@ def look(path: Path) -> AdapterFolder:
 
 def _digest(file: Path) -> str:
     """Of a vocabulary file; of a tokenizer.json without how long rows were to be when it was written."""
-    if file.name != "tokenizer.json" or file.stat().st_size > MAX_TOKENIZER:
-        return sha256_file(file)
-    try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        return sha256_file(file)
-    if not isinstance(found, dict):
-        return sha256_file(file)
-    kept = {key: value for key, value in found.items() if key not in ("padding", "truncation")}
-    return sha256(json.dumps(kept, sort_keys=True).encode())
+    if file.name == "tokenizer.json" and file.stat().st_size <= MAX_TOKENIZER:
+        with suppress(ValueError, RecursionError):
+            found = json.loads(file.read_bytes())
+            if isinstance(found, dict):
+                kept = {key: value for key, value in found.items() if key not in ("padding", "truncation")}
+                return sha256(json.dumps(kept, sort_keys=True).encode())
+    return sha256_file(file)
 
 
 def _config(path: Path) -> dict[str, Any]:
