@@ -189,6 +189,18 @@ def test_a_product_of_zero_leaves_an_adapter_that_can_learn(seed: int, size: tup
     assert merged.truncation[MODULE] == 0
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_one_alone_or_of_two_cannot_leave_a_module_that_never_learns_again(others: int) -> None:
+    """The start is heard beside them: from an A of zeros, with zeros in B, nothing is ever learned."""
+    random = np.random.default_rng(0)
+    start = adapter(random, (4, 12, 12))
+    change = {A: -start[A], B: random.normal(size=(12, 4)).astype(np.float32)}
+
+    merged = merge("product-mean", start, [Update("f" * 64, 1, change), *updates(random, (4, 12, 12), others)]).adapter
+
+    assert np.linalg.matrix_rank(merged[A]) == 4
+
+
 def test_a_rank_deficient_product_keeps_full_rank_in_a() -> None:
     random = np.random.default_rng(0)
     start = adapter(random, (4, 12, 12), fresh=True)
