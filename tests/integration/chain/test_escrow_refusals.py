@@ -103,15 +103,17 @@ def test_a_malleated_signature_is_refused(world, refused):
 
 def test_what_may_be_settled(world, refused):
     client, hub, job_id = world.client, world.hub, world.job(amount=1000)
-    refused("BadRoot", client.settle, hub, *args(job_id, root="0x" + "00" * 32))
+    for number in ("00", "01"):
+        refused("BadRoot", client.settle, hub, *args(job_id, root="0x" + "00" * 31 + number))
     refused("RoundNotNew", client.settle, hub, *args(job_id, round=0))
     refused("RoundCapExceeded", client.settle, hub, *args(job_id, total=401))
     client.settle(hub, *args(job_id, total=400))
     refused("TotalFell", client.settle, hub, *args(job_id, round=2, total=399))
-    refused("RoundCapExceeded", client.settle, hub, *args(job_id, round=3, total=1201))
-    refused("NotCovered", client.settle, hub, *args(job_id, round=3, total=1001))
-    client.settle(hub, *args(job_id, round=3, total=1000))
+    refused("RoundCapExceeded", client.settle, hub, *args(job_id, round=2**64 - 1, total=801))
+    client.settle(hub, *args(job_id, round=3, total=800))
+    refused("NotCovered", client.settle, hub, *args(job_id, round=4, total=1001))
     client.settle(hub, *args(job_id, round=4, total=1000))
+    client.settle(hub, *args(job_id, round=5, total=1000))
 
 
 def test_settling_ends_with_the_grace_time(world, refused):

@@ -13,6 +13,7 @@ const names = ["TrainEscrow", "TrainToken"];
 // No metadata hash in the bytecode, so that the same source gives the same bytes on every machine.
 const settings = {
   optimizer: { enabled: true, runs: 10000 },
+  viaIR: true,
   evmVersion: "cancun",
   metadata: { bytecodeHash: "none" },
 };
