@@ -515,19 +515,18 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         uint128 counted;
         bytes4 reason;
         (paid, counted, reason) = _owed(j, a, item.account, item.cumulative, item.proof);
-        if (reason == bytes4(0) && paid != 0) {
-            Account memory before = a;
-            (uint128 settled, uint128 claimed) = (j.settled, j.claimed);
+        if (reason == bytes4(0)) {
             _write(j, a, paid, counted);
-            if (_tryTransfer(j.token, item.account, paid)) {
-                emit Claimed(item.jobId, item.account, item.account, paid, item.cumulative);
-            } else {
-                (a.claimed, a.advanced) = (before.claimed, before.advanced);
-                (j.settled, j.claimed) = (settled, claimed);
-                reason = TransferFailed.selector;
+            if (paid != 0) {
+                if (_tryTransfer(j.token, item.account, paid)) {
+                    emit Claimed(item.jobId, item.account, item.account, paid, item.cumulative);
+                } else {
+                    // Taken back, not put back as it was: while the token was called, a settlement may have come.
+                    (a.claimed, a.advanced) = (a.claimed - paid, a.advanced + counted);
+                    (j.settled, j.claimed) = (j.settled + counted, j.claimed - paid);
+                    reason = TransferFailed.selector;
+                }
             }
-        } else if (reason == bytes4(0)) {
-            _write(j, a, 0, counted);
         }
         if (reason != bytes4(0)) {
             emit ClaimSkipped(item.jobId, item.account, reason);
@@ -567,10 +566,11 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
     }
 
     function _write(Job storage j, Account storage a, uint128 paid, uint128 counted) private {
-        a.claimed += paid;
-        a.advanced -= counted;
-        j.claimed += paid;
-        j.settled -= counted;
+        // All sums before all stores, so that two stores to one slot become one.
+        (uint128 accountClaimed, uint128 advanced) = (a.claimed + paid, a.advanced - counted);
+        (uint128 settled, uint128 claimed) = (j.settled - counted, j.claimed + paid);
+        (a.claimed, a.advanced) = (accountClaimed, advanced);
+        (j.settled, j.claimed) = (settled, claimed);
     }
 
     /// What a leaf pays, and how much of the account's advance it counts; or why neither.
