@@ -138,7 +138,10 @@ def test_an_unripe_root_is_not_replaced(world, refused):
 def test_a_halted_job(world, refused):
     client, job_id = world.client, world.job()
     client.halt(world.owner, job_id)
+    message = {"jobId": job_id, "round": 1, "root": ROOT, "total": 1, "dataHash": "0x" + "00" * 32}
+    signature = world.hub.sign_typed(client.domain, "Settlement", message)
     refused("JobHalted", client.settle, world.hub, *args(job_id))
+    refused("JobHalted", client.settle, world.anna, *args(job_id), hub_signature=signature)
     refused("JobHalted", client.halt, world.owner, job_id)
 
 
@@ -224,7 +227,11 @@ def test_closing_early_takes_both(world, refused):
     refused("NotAParty", client.close_early, world.anna, job_id, signed[world.owner])
     refused("BadSignature", client.close_early, world.owner, job_id, signed[world.owner])
     refused("BadSignature", client.close_early, world.hub, job_id, signed[world.anna])
-    at(world, client.job(job_id).deadline + 1)
+    end = client.job(job_id).deadline
+    at(world, end)
+    client.close_early(world.hub, job_id, signed[world.owner])
+    assert client.job(job_id).deadline == end
+    at(world, end + 1)
     refused("DeadlinePassed", client.close_early, world.hub, job_id, signed[world.owner])
 
 
