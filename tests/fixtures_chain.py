@@ -19,7 +19,7 @@ from trainchain.chain.wallet import Wallet
 from trainchain.core.errors import TrainChainError
 
 COIN = 10**18
-GOLDEN = Path(__file__).parents[2] / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 # The first of the keys that every development node prints when it starts.
 ANVIL_KEY = "0xac0974bec39a17e36ba4a6b4d238ff944bacb478cbed5efcae784d7bf4f2ff80"
 
