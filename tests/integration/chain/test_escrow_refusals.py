@@ -192,7 +192,8 @@ def test_claiming_to_another_address(world, refused):
     refused("BadSignature", attempt, signer=world.ben)
     refused("BadSignature", attempt, sent={**good, "to": world.ben.address})
     refused("BadSignature", attempt, sent={**good, "tip": 4})
-    refused("BadRecipient", attempt, signed={**good, "to": NOBODY})
+    for nowhere in (NOBODY, client.escrow):
+        refused("BadRecipient", attempt, signed={**good, "to": nowhere})
     refused("TipTooHigh", attempt, signed={**good, "tip": 6})
     refused("BadProof", attempt, signed={**good, "cumulative": 6})
     at(world, until)

@@ -27,7 +27,8 @@ import {SafeCast} from "@openzeppelin/contracts/utils/math/SafeCast.sol";
 /// and vouchers can thus starve a leaf of a root whose leaves sum to its total and never fall, nor pay twice.
 ///
 /// Any ERC-20 will do, but one that rebases: balances that change by themselves would be missing from some job, and
-/// nothing here can see it. Of a token that takes a fee on transfer, what arrives is what counts.
+/// nothing here can see it; or that takes more from a sender than it was told to move. Of one that takes a fee from what
+/// it moves, what arrives is what counts.
 contract TrainEscrow is EIP712, ReentrancyGuardTransient {
     using SafeERC20 for IERC20;
 
@@ -356,7 +357,7 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         returns (uint128 paid)
     {
         if (block.timestamp > p.validUntil) revert Expired(p.validUntil, block.timestamp);
-        if (p.to == address(0)) revert BadRecipient(p.to);
+        if (p.to == address(0) || p.to == address(this)) revert BadRecipient(p.to);
         Job storage j = _job(p.jobId);
         bytes32 structHash = keccak256(
             abi.encode(CLAIM_TO_TYPEHASH, p.jobId, p.account, p.to, p.cumulative, p.tip, p.validUntil)
