@@ -390,6 +390,29 @@ def test_nothing_moves_while_the_chain_is_away_and_nothing_is_lost(
     assert parts(town.chain, job.id)[1] == job_price(job.recipe)
 
 
+def test_settlements_that_the_chain_missed_follow_each_other_at_the_pace_of_the_delay(
+    town: Town, anna: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = town.publish(rounds=3, shards=1, activation_delay=100)
+
+    def away(*_: Any) -> Any:
+        raise TrainChainError("chain.unreachable", "The chain is away.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(town.port, "settle", away)
+        finish(job, anna)
+
+    for settled in ([1], [1, 2], [1, 2, 3]):
+        assert job.state == "finished"
+        town.tick()
+        town.clock.forward(99)
+        town.tick()
+        assert [one.round for one in town.chain.settlements(job.id)] == settled, "an unripe root is not replaced"
+        town.clock.forward(1)
+    assert job.state == "settled"
+    assert parts(town.chain, job.id)[1] == job_price(job.recipe)
+
+
 def test_one_broken_job_does_not_hold_up_another(town: Town, anna: Person, monkeypatch: pytest.MonkeyPatch) -> None:
     broken, sound = town.publish(rounds=1, shards=1), town.publish(rounds=1, shards=1)
     anna.work(broken)
