@@ -4,6 +4,7 @@ from pathlib import Path
 
 from trainchain.chain import settlement
 from trainchain.chain.artifacts import load
+from trainchain.chain.eip712 import Domain
 
 ROOT = "0x" + "77" * 32
 NOBODY = "0x" + "00" * 20
@@ -91,14 +92,55 @@ def test_who_may_settle(world, refused):
     refused("BadSignature", client.settle, world.anna, *args(job_id), hub_signature="0x1234")
 
 
-def test_a_malleated_signature_is_refused(world, refused):
-    client, job_id = world.client, world.job()
-    message = {"jobId": job_id, "round": 1, "root": ROOT, "total": 1, "dataHash": "0x" + "00" * 32}
-    good = world.hub.sign_typed(client.domain, "Settlement", message)
+def signed_calls(world, job_id):
+    """Of every type that the escrow checks: who signs what, and the call that it is good for."""
+    client, anna = world.client, world.anna.address
+    leaves = world.settle(job_id, 1, {world.anna: 5, world.ben: 6})
+    cumulative, proof = settlement.proof_for(leaves, anna)
+    root = {"round": 2, "root": ROOT, "total": 11, "dataHash": "0x" + "00" * 32}
+    elsewhere = {"account": anna, "to": world.ben.address, "cumulative": cumulative, "tip": 1, "validUntil": 2**40}
+
+    def settle(signature):
+        return client.settle(world.ben, job_id, *root.values(), hub_signature=signature)
+
+    def claim_to(signature):
+        return client.claim_to(world.ben, {"jobId": job_id, **elsewhere}, proof, signature)
+
+    def redeem(signature):
+        return client.redeem_voucher(world.ben, job_id, anna, 9, signature)
+
+    def close(signature):
+        return client.close_early(world.owner, job_id, signature)
+
+    return (
+        ("ClaimTo", world.anna, elsewhere, claim_to),
+        ("Voucher", world.hub, {"account": anna, "cumulative": 9}, redeem),
+        ("Settlement", world.hub, root, settle),
+        ("CloseEarly", world.hub, {}, close),
+    )
+
+
+def test_a_signature_counts_on_one_chain_for_one_contract_in_one_job_in_one_form(world, refused):
+    client, job_id, other = world.client, world.job(), world.job()
+    domain = client.domain
     order = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
-    turned = f"{good[:66]}{order - int(good[66:130], 16):064x}{55 - int(good[130:], 16):02x}"
-    refused("BadSignature", client.settle, world.anna, *args(job_id), hub_signature=turned)
-    client.settle(world.anna, *args(job_id), hub_signature=good)
+    for kind, signer, message, call in signed_calls(world, job_id):
+        good = signer.sign_typed(domain, kind, {"jobId": job_id, **message})
+        foreign = (
+            signer.sign_typed(Domain(client.chain_id + 1, client.escrow), kind, {"jobId": job_id, **message}),
+            signer.sign_typed(Domain(client.chain_id, world.token), kind, {"jobId": job_id, **message}),
+            signer.sign_typed(domain, kind, {"jobId": other, **message}),
+            world.ben.sign_typed(domain, kind, {"jobId": job_id, **message}),
+            f"{good[:66]}{order - int(good[66:130], 16):064x}{55 - int(good[130:], 16):02x}",
+            good[:-2] + "1d",
+            good[:-2],
+            good + "00",
+            "0x" + "00" * 65,
+            "0x",
+        )
+        for signature in foreign:
+            refused("BadSignature", call, signature)
+        call(good)
 
 
 def test_what_may_be_settled(world, refused):
