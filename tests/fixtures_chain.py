@@ -1,8 +1,11 @@
 """A small world on a chain: an owner with tokens, a hub, workers, and jobs between them."""
 
+import os
 import secrets
 import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,13 +13,13 @@ import pytest
 
 from trainchain.chain import settlement
 from trainchain.chain.devnet.node import Devnet
-from trainchain.chain.escrow import ChainClient
+from trainchain.chain.escrow import ChainClient, connect
 from trainchain.chain.records import JobParams
 from trainchain.chain.wallet import Wallet
 from trainchain.core.errors import TrainChainError
 
 COIN = 10**18
-GOLDEN = Path(__file__).parents[2] / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 # The first of the keys that every development node prints when it starts.
 ANVIL_KEY = "0xac0974bec39a17e36ba4a6b4d238ff944bacb478cbed5efcae784d7bf4f2ff80"
 
@@ -90,7 +93,7 @@ class World:
         if self.node is not None:
             self.node.advance(seconds)
         else:
-            self.client.w3.provider.make_request("evm_increaseTime", [seconds])
+            self.client.w3.provider.make_request("evm_setNextBlockTimestamp", [self.client.now() + seconds])
             self.client.w3.provider.make_request("evm_mine", [])
 
     def gas(self, tx) -> int:
@@ -131,6 +134,21 @@ class running:
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
+
+
+@contextmanager
+def anvil() -> Iterator[ChainClient]:
+    """A node that is not ours; its time, too, moves only when a test says so."""
+    binary = os.environ.get("TRAINCHAIN_ANVIL")
+    if not binary:
+        pytest.skip("TRAINCHAIN_ANVIL does not name an anvil binary")
+    port = free_port()
+    command = [binary, "--port", str(port), "--silent", "--chain-id", "990011", "--timestamp", "1800000000"]
+    with running(command):
+        client = connect(f"http://127.0.0.1:{port}", timeout=5, retries=8)
+        client.w3.provider.make_request("anvil_setBlockTimestampInterval", [0])
+        yield client
+        client.close()
 
 
 def free_port() -> int:

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 pragma solidity ^0.8.24;
 
-/// A token with every bad habit at hand: no return values, no permit, a fee, a blocklist, a call out on transfer.
+/// A token with every bad habit at hand: no return values, no permit, a fee, a blocklist, a call out on transfer,
+/// and tempers.
 contract OddToken {
     mapping(address => uint256) public balanceOf;
     mapping(address => mapping(address => uint256)) public allowance;
@@ -10,6 +11,7 @@ contract OddToken {
     address public target;
     bytes public message;
     bytes public answer;
+    uint256 public temper;
 
     constructor(uint256 supply) {
         balanceOf[msg.sender] = supply;
@@ -27,11 +29,39 @@ contract OddToken {
         (target, message) = (to, data);
     }
 
+    /// 1 burns all gas, 2 answers at length, 3 says no, 4 says what is neither yes nor no, 5 says nothing it can mean,
+    /// 6 calls out and then says no.
+    function setTemper(uint256 which) external {
+        temper = which;
+    }
+
     function approve(address spender, uint256 amount) external {
         allowance[msg.sender][spender] = amount;
     }
 
     function transfer(address to, uint256 amount) external {
+        uint256 which = temper;
+        assembly {
+            switch which
+            case 1 { invalid() }
+            case 2 { revert(0, 500000) }
+            case 3 {
+                mstore(0, 0)
+                return(0, 32)
+            }
+            case 4 {
+                mstore(0, 2)
+                return(0, 32)
+            }
+            case 5 { return(0, 5) }
+        }
+        if (which == 6) {
+            (, answer) = target.call(message);
+            assembly {
+                mstore(0, 0)
+                return(0, 32)
+            }
+        }
         _move(msg.sender, to, amount);
     }
 

@@ -28,8 +28,8 @@ def late_price(recipe: ResolvedRecipe, round_: int) -> int:
 
 
 def round_cap(recipe: ResolvedRecipe) -> int:
-    """The most one settlement may add for each round it covers: the dearest round with what came late of the one
-    before, which an earlier settlement may have covered without it."""
+    """The most one settlement may add: the dearest round with what came late of the one before, which an earlier
+    settlement may have covered without it."""
     late = [0, *(late_price(recipe, round_) for round_ in range(1, recipe.rounds))]
     return max(round_price(recipe, round_) + late[round_ - 1] for round_ in range(1, recipe.rounds + 1))
 

@@ -1,14 +1,13 @@
 """Chains to test on: a file in this process, a file behind another process's HTTP, a node that is not ours."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.fixtures_chain import ANVIL_KEY, SERVER, Refusals, World, free_port, no_sleep, running
+from tests.fixtures_chain import ANVIL_KEY, SERVER, Refusals, World, anvil, no_sleep, running
 from trainchain.chain.devnet.node import Devnet
 from trainchain.chain.escrow import ChainClient, connect
 from trainchain.chain.provider import EmbeddedProvider
@@ -22,17 +21,22 @@ def refused() -> Refusals:
     return Refusals()
 
 
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory) -> Iterator[ChainClient]:
+@pytest.fixture(scope="module", params=["embedded", "anvil"])
+def still(request, tmp_path_factory) -> Iterator[tuple[ChainClient, Wallet, Devnet | None]]:
+    """A chain whose time stands still, here and at a node that is not ours."""
+    if request.param == "anvil":
+        with anvil() as client:
+            yield client, Wallet(ANVIL_KEY), None
+        return
     node = Devnet(tmp_path_factory.mktemp("chain") / "x.sqlite", clock=lambda: 1_800_000_000.0)
     client = ChainClient(EmbeddedProvider(node), sleep=no_sleep)
-    yield client
+    yield client, node.faucet(), node
     client.close()
 
 
 @pytest.fixture
-def world(embedded) -> World:
-    return World(embedded, embedded.faucet(), embedded.node)
+def world(still) -> World:
+    return World(*still)
 
 
 @pytest.fixture(scope="module", params=["embedded", "http", "anvil"])
@@ -40,15 +44,8 @@ def backend(request, tmp_path_factory) -> Iterator[tuple[ChainClient, Wallet, De
     """The same chain client over a file, over HTTP to another process, and against a node that is not ours."""
     home = tmp_path_factory.mktemp("home")
     if request.param == "anvil":
-        binary = os.environ.get("TRAINCHAIN_ANVIL")
-        if not binary:
-            pytest.skip("TRAINCHAIN_ANVIL does not name an anvil binary")
-        port = free_port()
-        command = [binary, "--port", str(port), "--silent", "--chain-id", "990011"]
-        with running(command):
-            client = connect(f"http://127.0.0.1:{port}", timeout=5, retries=8)
+        with anvil() as client:
             yield client, Wallet(ANVIL_KEY), None
-            client.close()
         return
     file = home / "chain" / "x.sqlite"
     node = Devnet(file)

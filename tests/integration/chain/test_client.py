@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests.fixtures_chain import World
-from trainchain.chain import merkle, settlement
+from trainchain.chain import eip712, merkle, settlement
 from trainchain.chain.artifacts import load
 from trainchain.chain.records import ClaimItem, Deployment
 from trainchain.chain.wallet import Wallet
@@ -102,6 +102,16 @@ def test_anyone_may_hand_in_the_hubs_settlement(world):
     args = (job_id, 1, tree.root, 7, "0x" + "01" * 32)
     world.client.settle(world.ben, *args, hub_signature=signature)
     assert world.client.job(job_id).total == 7
+
+
+def test_the_contract_hashes_what_is_signed_as_we_do(world):
+    client, contract = world.client, world.client._contract().functions
+    values = {"jobId": "0x" + "ab" * 32, "round": 2**64 - 1, "root": "0x" + "cd" * 32, "total": 2**128 - 1}
+    message = {**values, "dataHash": "0x" + "ef" * 32}
+    on_chain = bytes(contract.settlementDigest(*message.values()).call())
+    assert on_chain == eip712.digest(client.domain, "Settlement", message)
+    message = {"jobId": "0x" + "ab" * 32, "account": world.anna.address, "cumulative": 2**128 - 1}
+    assert bytes(contract.voucherDigest(*message.values()).call()) == eip712.digest(client.domain, "Voucher", message)
 
 
 def test_many_claims_are_one_transaction_and_a_bad_one_is_skipped(world):

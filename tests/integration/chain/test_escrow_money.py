@@ -1,6 +1,11 @@
 """Where the money is: roots that wait, vouchers that were faster than roots, ends of jobs."""
 
+from dataclasses import replace
+
 from trainchain.chain import settlement
+from trainchain.chain.escrow import _packed
+from trainchain.chain.hexes import keccak
+from trainchain.chain.records import ClaimItem
 
 
 def money(world, job_id):
@@ -9,18 +14,23 @@ def money(world, job_id):
     return job.settled, job.claimed, job.free
 
 
-def test_a_new_root_waits_and_the_old_one_pays_meanwhile(world):
+def test_a_new_root_waits_and_the_old_one_pays_meanwhile(world, refused):
     client, job_id = world.client, world.job(activation_delay=100)
     first = world.settle(job_id, 1, {world.anna: 10, world.ben: 10})
     job = client.job(job_id)
     assert (job.root, job.pending_at) == ("0x" + "00" * 32, client.now() + 100)
-    world.advance(100)
+    world.advance(99)
+    refused("BadProof", world.claim, first, world.anna)
+    world.advance(1)
     job = client.job(job_id)
     assert (int(job.pending_root, 16), job.pending_at) == (0, 0)
     second = world.settle(job_id, 2, {world.anna: 10, world.ben: 30})
     assert client.job(job_id).root == job.root
+    world.advance(99)
+    refused("BadProof", world.claim, second, world.ben)
     assert world.claim(first, world.anna).amount == 10
-    world.advance(100)
+    world.advance(1)
+    refused("BadProof", world.claim, first, world.ben)
     assert world.claim(second, world.ben).amount == 30
 
 
@@ -82,7 +92,9 @@ def test_another_hub_takes_over_after_the_delay(world, refused):
     job = client.job(job_id)
     assert (job.hub, job.next_hub) == (world.hub.address, world.ben.address)
     world.redeem(job_id, world.anna, 5)
-    world.advance(100)
+    world.advance(99)
+    refused("NotHub", world.settle, job_id, 1, {world.anna: 5}, wallet=world.ben)
+    world.advance(1)
     assert client.job(job_id).hub == world.ben.address
     refused("BadSignature", world.redeem, job_id, world.anna, 6)
     refused("NotHub", world.settle, job_id, 1, {world.anna: 5})
@@ -103,6 +115,51 @@ def test_a_voucher_is_not_paid_again_by_a_leaf_nor_a_leaf_by_a_voucher(world):
     assert world.redeem(job_id, world.anna, 90) == (None, 0)
     assert world.redeem(job_id, world.anna, 95).amount == 5
     assert world.holds(world.anna) == client.claimed_of(job_id, world.anna.address) == 95
+
+
+def test_a_voucher_takes_nothing_that_a_leaf_lives_on(world, refused):
+    job_id = world.job(amount=100)
+    leaves = world.settle(job_id, 1, {world.anna: 90})
+    refused("NotCovered", world.redeem, job_id, world.ben, 11)
+    assert world.redeem(job_id, world.ben, 10).amount == 10
+    assert world.claim(leaves, world.anna).amount == 90
+    assert money(world, job_id) == (100, 100, 0)
+
+
+def test_a_batch_says_of_each_item_why_it_was_not_paid(world):
+    client, poor, job_id = world.client, world.job(amount=10), world.job()
+    short = world.settle(poor, 1, {world.anna: 8, world.ben: 9}, total=10)
+    leaves = world.settle(job_id, 1, {world.anna: 5, world.ben: 6})
+    world.claim(leaves, world.anna)
+    items = [
+        ClaimItem(where.job_id, who.address, *settlement.proof_for(where, who.address))
+        for where, who in ((leaves, world.anna), (short, world.ben), (short, world.anna), (leaves, world.ben))
+    ]
+    items.append(replace(items[-1], cumulative=7))
+    tx, amounts = client.claim_many(world.hub, items)
+    assert amounts == [0, 9, 0, 6, 0]
+    reasons = [
+        bytes(log["reason"]) for log in client._events(client.w3.eth.get_transaction_receipt(tx), "ClaimSkipped")
+    ]
+    names = ("NothingToClaim(address,uint128)", "NotCovered(uint256,uint256)", "BadProof(address,uint128)")
+    assert reasons == [keccak(name.encode())[:4] for name in names]
+
+
+def test_a_permit_that_somebody_else_used_first_still_counts(world):
+    """Whoever sees it in the open can spend it, and has given the allowance by that."""
+    client, owner = world.client, world.owner
+    contract, token = client._contract().functions, client._token(world.token).functions
+    job_id = world.job(amount=0)
+    for call in (
+        lambda permit: contract.fundWithPermit(job_id, 70, *permit),
+        lambda permit: contract.createJobWithPermit(_packed(world.params()), 70, *permit),
+    ):
+        permit = client._permission(owner, world.token, 70)
+        client._sender.send(world.anna, token.permit(owner.address, client.escrow, 70, *permit))
+        before = world.holds(client.escrow)
+        client._sender.send(owner, call(permit))
+        assert world.holds(client.escrow) == before + 70
+    assert client.allowance(world.token, owner.address) == 0
 
 
 def test_what_a_voucher_paid_is_reserved_until_a_leaf_counts_it(world):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from trainchain.chain import settlement
 from trainchain.chain.artifacts import load
+from trainchain.chain.eip712 import Domain
 
 ROOT = "0x" + "77" * 32
 NOBODY = "0x" + "00" * 20
@@ -91,27 +92,70 @@ def test_who_may_settle(world, refused):
     refused("BadSignature", client.settle, world.anna, *args(job_id), hub_signature="0x1234")
 
 
-def test_a_malleated_signature_is_refused(world, refused):
-    client, job_id = world.client, world.job()
-    message = {"jobId": job_id, "round": 1, "root": ROOT, "total": 1, "dataHash": "0x" + "00" * 32}
-    good = world.hub.sign_typed(client.domain, "Settlement", message)
+def signed_calls(world, job_id):
+    """Of every type that the escrow checks: who signs what, and the call that it is good for."""
+    client, anna = world.client, world.anna.address
+    leaves = world.settle(job_id, 1, {world.anna: 5, world.ben: 6})
+    cumulative, proof = settlement.proof_for(leaves, anna)
+    root = {"round": 2, "root": ROOT, "total": 11, "dataHash": "0x" + "00" * 32}
+    elsewhere = {"account": anna, "to": world.ben.address, "cumulative": cumulative, "tip": 1, "validUntil": 2**40}
+
+    def settle(signature):
+        return client.settle(world.ben, job_id, *root.values(), hub_signature=signature)
+
+    def claim_to(signature):
+        return client.claim_to(world.ben, {"jobId": job_id, **elsewhere}, proof, signature)
+
+    def redeem(signature):
+        return client.redeem_voucher(world.ben, job_id, anna, 9, signature)
+
+    def close(signature):
+        return client.close_early(world.owner, job_id, signature)
+
+    return (
+        ("ClaimTo", world.anna, elsewhere, claim_to),
+        ("Voucher", world.hub, {"account": anna, "cumulative": 9}, redeem),
+        ("Settlement", world.hub, root, settle),
+        ("CloseEarly", world.hub, {}, close),
+    )
+
+
+def test_a_signature_counts_on_one_chain_for_one_contract_in_one_job_in_one_form(world, refused):
+    client, job_id, other = world.client, world.job(), world.job()
+    domain = client.domain
     order = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
-    turned = f"{good[:66]}{order - int(good[66:130], 16):064x}{55 - int(good[130:], 16):02x}"
-    refused("BadSignature", client.settle, world.anna, *args(job_id), hub_signature=turned)
-    client.settle(world.anna, *args(job_id), hub_signature=good)
+    for kind, signer, message, call in signed_calls(world, job_id):
+        good = signer.sign_typed(domain, kind, {"jobId": job_id, **message})
+        foreign = (
+            signer.sign_typed(Domain(client.chain_id + 1, client.escrow), kind, {"jobId": job_id, **message}),
+            signer.sign_typed(Domain(client.chain_id, world.token), kind, {"jobId": job_id, **message}),
+            signer.sign_typed(domain, kind, {"jobId": other, **message}),
+            world.ben.sign_typed(domain, kind, {"jobId": job_id, **message}),
+            f"{good[:66]}{order - int(good[66:130], 16):064x}{55 - int(good[130:], 16):02x}",
+            good[:-2] + "1d",
+            good[:-2],
+            good + "00",
+            "0x" + "00" * 65,
+            "0x",
+        )
+        for signature in foreign:
+            refused("BadSignature", call, signature)
+        call(good)
 
 
 def test_what_may_be_settled(world, refused):
     client, hub, job_id = world.client, world.hub, world.job(amount=1000)
-    refused("BadRoot", client.settle, hub, *args(job_id, root="0x" + "00" * 32))
+    for number in ("00", "01"):
+        refused("BadRoot", client.settle, hub, *args(job_id, root="0x" + "00" * 31 + number))
     refused("RoundNotNew", client.settle, hub, *args(job_id, round=0))
     refused("RoundCapExceeded", client.settle, hub, *args(job_id, total=401))
     client.settle(hub, *args(job_id, total=400))
     refused("TotalFell", client.settle, hub, *args(job_id, round=2, total=399))
-    refused("RoundCapExceeded", client.settle, hub, *args(job_id, round=3, total=1201))
-    refused("NotCovered", client.settle, hub, *args(job_id, round=3, total=1001))
-    client.settle(hub, *args(job_id, round=3, total=1000))
+    refused("RoundCapExceeded", client.settle, hub, *args(job_id, round=2**64 - 1, total=801))
+    client.settle(hub, *args(job_id, round=3, total=800))
+    refused("NotCovered", client.settle, hub, *args(job_id, round=4, total=1001))
     client.settle(hub, *args(job_id, round=4, total=1000))
+    client.settle(hub, *args(job_id, round=5, total=1000))
 
 
 def test_settling_ends_with_the_grace_time(world, refused):
@@ -136,7 +180,10 @@ def test_an_unripe_root_is_not_replaced(world, refused):
 def test_a_halted_job(world, refused):
     client, job_id = world.client, world.job()
     client.halt(world.owner, job_id)
+    message = {"jobId": job_id, "round": 1, "root": ROOT, "total": 1, "dataHash": "0x" + "00" * 32}
+    signature = world.hub.sign_typed(client.domain, "Settlement", message)
     refused("JobHalted", client.settle, world.hub, *args(job_id))
+    refused("JobHalted", client.settle, world.anna, *args(job_id), hub_signature=signature)
     refused("JobHalted", client.halt, world.owner, job_id)
 
 
@@ -187,7 +234,8 @@ def test_claiming_to_another_address(world, refused):
     refused("BadSignature", attempt, signer=world.ben)
     refused("BadSignature", attempt, sent={**good, "to": world.ben.address})
     refused("BadSignature", attempt, sent={**good, "tip": 4})
-    refused("BadRecipient", attempt, signed={**good, "to": NOBODY})
+    for nowhere in (NOBODY, client.escrow):
+        refused("BadRecipient", attempt, signed={**good, "to": nowhere})
     refused("TipTooHigh", attempt, signed={**good, "tip": 6})
     refused("BadProof", attempt, signed={**good, "cumulative": 6})
     at(world, until)
@@ -222,7 +270,11 @@ def test_closing_early_takes_both(world, refused):
     refused("NotAParty", client.close_early, world.anna, job_id, signed[world.owner])
     refused("BadSignature", client.close_early, world.owner, job_id, signed[world.owner])
     refused("BadSignature", client.close_early, world.hub, job_id, signed[world.anna])
-    at(world, client.job(job_id).deadline + 1)
+    end = client.job(job_id).deadline
+    at(world, end)
+    client.close_early(world.hub, job_id, signed[world.owner])
+    assert client.job(job_id).deadline == end
+    at(world, end + 1)
     refused("DeadlinePassed", client.close_early, world.hub, job_id, signed[world.owner])
 
 

@@ -371,7 +371,7 @@ def test_a_hub_does_not_touch_the_tables_of_another_version(tmp_path: Path) -> N
 def test_nothing_moves_while_the_chain_is_away_and_nothing_is_lost(
     town: Town, anna: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = town.publish(rounds=2, shards=1)
+    job = town.publish(rounds=3, shards=1)
     away = TrainChainError("chain.unreachable", "The chain is away.")
 
     def settle(*_: Any) -> Any:
@@ -386,7 +386,30 @@ def test_nothing_moves_while_the_chain_is_away_and_nothing_is_lost(
     town.tick()
 
     assert job.state == "settled"
-    assert [one.round for one in town.chain.settlements(job.id)] == [2]
+    assert [one.round for one in town.chain.settlements(job.id)] == [1, 2, 3], "each adds what one may"
+    assert parts(town.chain, job.id)[1] == job_price(job.recipe)
+
+
+def test_settlements_that_the_chain_missed_follow_each_other_at_the_pace_of_the_delay(
+    town: Town, anna: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = town.publish(rounds=3, shards=1, activation_delay=100)
+
+    def away(*_: Any) -> Any:
+        raise TrainChainError("chain.unreachable", "The chain is away.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(town.port, "settle", away)
+        finish(job, anna)
+
+    for settled in ([1], [1, 2], [1, 2, 3]):
+        assert job.state == "finished"
+        town.tick()
+        town.clock.forward(99)
+        town.tick()
+        assert [one.round for one in town.chain.settlements(job.id)] == settled, "an unripe root is not replaced"
+        town.clock.forward(1)
+    assert job.state == "settled"
     assert parts(town.chain, job.id)[1] == job_price(job.recipe)
 
 

@@ -11,8 +11,8 @@ import {ReentrancyGuardTransient} from "@openzeppelin/contracts/utils/Reentrancy
 import {SafeCast} from "@openzeppelin/contracts/utils/math/SafeCast.sol";
 
 /// @title Holds the budget of training jobs and pays workers what a job's hub settled.
-/// @notice No admin, no proxy, no upgrade. Amounts are cumulative per job and account: a leaf, a voucher and
-/// `claimedOf` all speak of everything the account was ever owed or paid in that job.
+/// @notice No admin, no proxy, no upgrade. Settled money can be claimed for ever. Amounts are cumulative per job and
+/// account: a leaf, a voucher and `claimedOf` all speak of everything the account was ever owed or paid in that job.
 ///
 /// Accounting, per job:
 ///   settled  = the last root's total + advances. Reserved for workers; the owner cannot have it back.
@@ -26,14 +26,23 @@ import {SafeCast} from "@openzeppelin/contracts/utils/math/SafeCast.sol";
 /// Anyone may prove it, by `claim` or `claimMany`, also where nothing is left to pay. No order of roots, claims
 /// and vouchers can thus starve a leaf of a root whose leaves sum to its total and never fall, nor pay twice.
 ///
-/// Tokens that rebase are not supported. A fee on transfer is: what arrives is what counts.
+/// Any ERC-20 will do, but one that rebases: balances that change by themselves would be missing from some job, and
+/// nothing here can see it; or that takes more from a sender than it was told to move. Of one that takes a fee from what
+/// it moves, what arrives is what counts.
 contract TrainEscrow is EIP712, ReentrancyGuardTransient {
     using SafeERC20 for IERC20;
 
+    /// @notice The terms of a job; but for the hub and the deadline, they never change.
+    /// @param token What the job pays in.
+    /// @param hub Who settles, and signs vouchers.
+    /// @param deadline Seconds since 1970. Until then the job can be funded.
+    /// @param grace Seconds after the deadline for which settlements and vouchers are still taken, the last second
+    /// included. The owner reclaims strictly after.
     /// @param activationDelay Seconds before a new root, or a new hub, takes effect; at most `grace`, so that a
     /// last settlement always finds room before the window closes.
-    /// @param roundCap The most by which one round may raise the total.
+    /// @param roundCap The most by which one settlement may raise the total.
     /// @param specHash sha256 of the resolved recipe.
+    /// @param salt Makes the job's id, with chain, contract and owner.
     struct JobParams {
         address token;
         address hub;
@@ -45,6 +54,11 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         bytes32 salt;
     }
 
+    /// @notice A job's terms and money. In `job()`'s answer, what is ripe shows as present.
+    /// @param round The last settled round.
+    /// @param pendingAt When `pendingRoot` takes the place of `root`; 0 where nothing is pending.
+    /// @param nextHubAt When `nextHub` takes the place of `hub`; 0 where nobody was proposed.
+    /// @param total The last root's total.
     struct Job {
         address owner;
         uint48 deadline;
@@ -75,6 +89,8 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         uint128 advanced;
     }
 
+    /// @notice One leaf of the root that is active now, for `claimMany`.
+    /// @param cumulative What the leaf says: everything the account was ever owed in the job.
     struct ClaimItem {
         bytes32 jobId;
         address account;
@@ -82,6 +98,9 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         bytes32[] proof;
     }
 
+    /// @notice What an account signs to be paid elsewhere.
+    /// @param tip What the sender of the transaction gets of the payment.
+    /// @param validUntil The last second at which it counts.
     struct ClaimToParams {
         bytes32 jobId;
         address account;
@@ -99,9 +118,17 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
     );
     bytes32 private constant CLOSE_EARLY_TYPEHASH = keccak256("CloseEarly(bytes32 jobId)");
 
+    /// What stands for no root, from creation on: a settlement that fills an empty slot would cost the hub four
+    /// times as much. No proof leads to it.
+    bytes32 private constant NO_ROOT = bytes32(uint256(1));
+
+    /// The gas that a token gets in `claimMany`, so that one that burns all it is given cannot stop a batch.
+    uint256 private constant TRANSFER_GAS = 500_000;
+
     mapping(bytes32 jobId => Job) private _jobs;
     mapping(bytes32 jobId => mapping(address account => Account)) private _accounts;
 
+    /// @notice A job was opened with `amount` in it, as it arrived.
     event JobCreated(
         bytes32 indexed jobId,
         address indexed owner,
@@ -111,50 +138,88 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         uint48 deadline,
         bytes32 specHash
     );
+    /// @notice `amount` more arrived.
     event Funded(bytes32 indexed jobId, address indexed from, uint128 amount);
+    /// @notice A root was taken. `dataHash` is the sha256 of its leaves file; it pays from `activeAt` on.
     event Settled(
         bytes32 indexed jobId, uint64 indexed round, bytes32 root, uint128 total, bytes32 dataHash, uint48 activeAt
     );
+    /// @notice A leaf of `cumulative` paid `amount`, a relayer's tip included.
     event Claimed(bytes32 indexed jobId, address indexed account, address to, uint128 amount, uint128 cumulative);
+    /// @notice An item of a batch was not paid; `reason` is the selector of the error that says why.
     event ClaimSkipped(bytes32 indexed jobId, address indexed account, bytes4 reason);
+    /// @notice A voucher of `cumulative` paid `amount`.
     event VoucherRedeemed(bytes32 indexed jobId, address indexed account, uint128 amount, uint128 cumulative);
+    /// @notice A leaf counted `amount` that a voucher had paid: it is free again.
     event AdvanceCounted(bytes32 indexed jobId, address indexed account, uint128 amount);
+    /// @notice The owner got back what was not settled.
     event Reclaimed(bytes32 indexed jobId, address indexed owner, uint128 amount);
+    /// @notice No new root is taken any more.
     event Halted(bytes32 indexed jobId, uint48 deadline);
+    /// @notice `hub` takes over at `activeAt`.
     event HubProposed(bytes32 indexed jobId, address hub, uint48 activeAt);
+    /// @notice Owner and hub ended the job early.
     event Closed(bytes32 indexed jobId, uint48 deadline);
 
+    /// @notice This owner used the salt before.
     error JobExists(bytes32 jobId);
+    /// @notice No job has this id.
     error NoSuchJob(bytes32 jobId);
+    /// @notice Only the job's owner may do that.
     error NotOwner(address caller, address owner);
+    /// @notice Only the job's hub may do that without a signature.
     error NotHub(address caller, address hub);
+    /// @notice Only the job's owner or hub may do that.
     error NotAParty(address caller, address owner, address hub);
+    /// @notice The signature is not `signer`'s, or not of this message on this chain for this contract.
     error BadSignature(address signer);
+    /// @notice There is no contract at the token's address.
     error BadToken(address token);
+    /// @notice A job needs a hub.
     error BadHub(address hub);
+    /// @notice A deadline must lie ahead.
     error BadDeadline(uint48 deadline, uint256 time);
+    /// @notice The activation delay is longer than the grace time.
     error BadDelay(uint32 activationDelay, uint32 grace);
+    /// @notice No tree has this root.
     error BadRoot(bytes32 root);
+    /// @notice Nobody can be paid there.
     error BadRecipient(address to);
+    /// @notice The job's deadline is over.
     error DeadlinePassed(uint48 deadline, uint256 time);
+    /// @notice Settlements and vouchers were taken until `closedAfter`, deadline plus grace.
     error WindowClosed(uint256 closedAfter, uint256 time);
+    /// @notice The owner can reclaim strictly after `opensAfter`, deadline plus grace.
     error TooEarly(uint256 opensAfter, uint256 time);
+    /// @notice The account's signature counted until `validUntil`.
     error Expired(uint48 validUntil, uint256 time);
+    /// @notice The owner has halted the job.
     error JobHalted(bytes32 jobId);
+    /// @notice The last root is active from `activeAt` on; the next one can come then.
     error RootPending(uint48 activeAt, uint256 time);
+    /// @notice The round is settled, or a later one is.
     error RoundNotNew(uint64 round, uint64 lastRound);
+    /// @notice Totals are cumulative and never fall.
     error TotalFell(uint128 total, uint128 lastTotal);
-    error RoundCapExceeded(uint256 raised, uint256 cap);
+    /// @notice A settlement may raise the total by `cap`.
+    error RoundCapExceeded(uint128 raised, uint128 cap);
+    /// @notice The job's money does not reach.
     error NotCovered(uint256 needed, uint256 available);
+    /// @notice The active root has no such leaf.
     error BadProof(address account, uint128 cumulative);
+    /// @notice The account was paid that already: `claimed` in all.
     error NothingToClaim(address account, uint128 claimed);
+    /// @notice Everything is settled or given back.
     error NothingToReclaim(bytes32 jobId);
+    /// @notice The tip is more than the payment.
     error TipTooHigh(uint128 tip, uint128 amount);
+    /// @notice The token did not pay. Only ever a reason in `ClaimSkipped`.
     error TransferFailed(address token, address to);
 
     constructor() EIP712("TrainChain", "1") {}
 
     /// @notice Open a job and pay `amount` into it. `p.salt` makes the id; the same owner and salt only work once.
+    /// @return jobId As `jobIdOf(msg.sender, p.salt)` gives it.
     function createJob(JobParams calldata p, uint128 amount) external nonReentrant returns (bytes32 jobId) {
         return _create(p, amount);
     }
@@ -178,6 +243,7 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         _fund(jobId, amount);
     }
 
+    /// @notice As `fund`, with the token's permit for `amount`; see `createJobWithPermit`.
     function fundWithPermit(bytes32 jobId, uint128 amount, uint256 permitDeadline, uint8 v, bytes32 r, bytes32 s)
         external
         nonReentrant
@@ -231,7 +297,11 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         IERC20(j.token).safeTransfer(msg.sender, amount);
     }
 
-    /// @notice Record a round's root. `total` is the sum of its leaves; leaves are cumulative and never fall.
+    /// @notice Record a round's root. While the last one waits for its delay to pass, none is taken.
+    /// @param round Higher than the last; rounds may be skipped.
+    /// @param root Of the standard tree of (account, cumulative amount); leaves never fall.
+    /// @param total The sum of its leaves: at least the last total, at most `roundCap` more, and covered.
+    /// @param dataHash sha256 of the leaves file.
     function settle(bytes32 jobId, uint64 round, bytes32 root, uint128 total, bytes32 dataHash) external {
         Job storage j = _job(jobId);
         address hub = _hubOf(j);
@@ -255,6 +325,7 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
     }
 
     /// @notice Pay `account` what its leaf of the active root holds beyond what it was paid. Anyone may call.
+    /// @return paid 0 only where the leaf counted an advance.
     function claim(bytes32 jobId, address account, uint128 cumulative, bytes32[] calldata proof)
         external
         nonReentrant
@@ -269,6 +340,7 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
     }
 
     /// @notice As `claim` for many. An item that cannot be paid is skipped with the selector of the reason.
+    /// @return paid What each item paid.
     function claimMany(ClaimItem[] calldata items) external nonReentrant returns (uint128[] memory paid) {
         paid = new uint128[](items.length);
         for (uint256 i = 0; i < items.length; ++i) {
@@ -278,13 +350,14 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
 
     /// @notice Pay `account`'s leaf to another address, with the account's ClaimTo signature; `tip` goes to the
     /// caller.
+    /// @return paid Both together.
     function claimTo(ClaimToParams calldata p, bytes32[] calldata proof, bytes calldata accountSig)
         external
         nonReentrant
         returns (uint128 paid)
     {
         if (block.timestamp > p.validUntil) revert Expired(p.validUntil, block.timestamp);
-        if (p.to == address(0)) revert BadRecipient(p.to);
+        if (p.to == address(0) || p.to == address(this)) revert BadRecipient(p.to);
         Job storage j = _job(p.jobId);
         bytes32 structHash = keccak256(
             abi.encode(CLAIM_TO_TYPEHASH, p.jobId, p.account, p.to, p.cumulative, p.tip, p.validUntil)
@@ -321,6 +394,7 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         IERC20(j.token).safeTransfer(account, paid);
     }
 
+    /// @notice The id of a job, before or after it is opened; no other chain, contract, owner or salt gives it.
     function jobIdOf(address owner, bytes32 salt) public view returns (bytes32) {
         return keccak256(abi.encode(block.chainid, address(this), owner, salt));
     }
@@ -334,8 +408,10 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         if (block.timestamp >= j.pendingAt && j.pendingRoot != bytes32(0)) {
             (j.root, j.pendingRoot, j.pendingAt) = (j.pendingRoot, bytes32(0), 0);
         }
+        if (j.root == NO_ROOT) j.root = bytes32(0);
     }
 
+    /// @notice Everything the account was paid in the job, by leaf or voucher.
     function claimedOf(bytes32 jobId, address account) external view returns (uint128) {
         return _accounts[jobId][account].claimed;
     }
@@ -345,6 +421,7 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         return _accounts[jobId][account].advanced;
     }
 
+    /// @notice What the hub signs so that anyone can settle.
     function settlementDigest(bytes32 jobId, uint64 round, bytes32 root, uint128 total, bytes32 dataHash)
         external
         view
@@ -353,6 +430,7 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         return _hashTypedDataV4(keccak256(abi.encode(SETTLEMENT_TYPEHASH, jobId, round, root, total, dataHash)));
     }
 
+    /// @notice What the hub signs as a voucher.
     function voucherDigest(bytes32 jobId, address account, uint128 cumulative) external view returns (bytes32) {
         return _hashTypedDataV4(keccak256(abi.encode(VOUCHER_TYPEHASH, jobId, account, cumulative)));
     }
@@ -373,6 +451,7 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         j.token = p.token;
         j.roundCap = p.roundCap;
         j.specHash = p.specHash;
+        j.root = NO_ROOT;
         uint128 received = _pull(p.token, amount);
         j.funded = received;
         emit JobCreated(jobId, msg.sender, p.token, p.hub, received, p.deadline, p.specHash);
@@ -406,14 +485,14 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
     {
         _checkWindow(j);
         if (j.halted) revert JobHalted(jobId);
-        if (root == bytes32(0)) revert BadRoot(root);
+        if (root == bytes32(0) || root == NO_ROOT) revert BadRoot(root);
         if (round <= j.round) revert RoundNotNew(round, j.round);
         if (total < j.total) revert TotalFell(total, j.total);
         // An unripe root is never replaced: a hub that settles often could put off every root for ever.
         if (block.timestamp < j.pendingAt) revert RootPending(j.pendingAt, block.timestamp);
         uint128 raised = total - j.total;
-        uint256 cap = uint256(j.roundCap) * (round - j.round);
-        if (raised > cap) revert RoundCapExceeded(raised, cap);
+        // However many rounds it skips: the round's number is the hub's word alone.
+        if (raised > j.roundCap) revert RoundCapExceeded(raised, j.roundCap);
         uint128 free = _free(j);
         if (raised > free) revert NotCovered(raised, free);
 
@@ -421,7 +500,7 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         if (j.activationDelay == 0) {
             j.root = root;
         } else {
-            if (j.pendingRoot != bytes32(0)) j.root = j.pendingRoot;
+            if (j.pendingAt != 0) j.root = j.pendingRoot;
             j.pendingRoot = root;
             j.pendingAt = activeAt;
         }
@@ -437,25 +516,38 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         uint128 counted;
         bytes4 reason;
         (paid, counted, reason) = _owed(j, a, item.account, item.cumulative, item.proof);
-        if (reason == bytes4(0) && paid != 0) {
-            Account memory before = a;
-            (uint128 settled, uint128 claimed) = (j.settled, j.claimed);
+        if (reason == bytes4(0)) {
             _write(j, a, paid, counted);
-            if (IERC20(j.token).trySafeTransfer(item.account, paid)) {
-                emit Claimed(item.jobId, item.account, item.account, paid, item.cumulative);
-            } else {
-                (a.claimed, a.advanced) = (before.claimed, before.advanced);
-                (j.settled, j.claimed) = (settled, claimed);
-                reason = TransferFailed.selector;
+            if (paid != 0) {
+                if (_tryTransfer(j.token, item.account, paid)) {
+                    emit Claimed(item.jobId, item.account, item.account, paid, item.cumulative);
+                } else {
+                    // Taken back, not put back as it was: while the token was called, a settlement may have come.
+                    (a.claimed, a.advanced) = (a.claimed - paid, a.advanced + counted);
+                    (j.settled, j.claimed) = (j.settled + counted, j.claimed - paid);
+                    reason = TransferFailed.selector;
+                }
             }
-        } else if (reason == bytes4(0)) {
-            _write(j, a, 0, counted);
         }
         if (reason != bytes4(0)) {
             emit ClaimSkipped(item.jobId, item.account, reason);
             return 0;
         }
         if (counted != 0) emit AdvanceCounted(item.jobId, item.account, counted);
+    }
+
+    /// Of what the token answers no more than a word is read: a long answer costs the batch nothing.
+    function _tryTransfer(address token, address to, uint256 amount) private returns (bool done) {
+        bytes memory data = abi.encodeCall(IERC20.transfer, (to, amount));
+        uint256 length;
+        uint256 answer;
+        assembly ("memory-safe") {
+            done := call(TRANSFER_GAS, token, 0, add(data, 32), mload(data), 0, 32)
+            length := returndatasize()
+            answer := mload(0)
+        }
+        if (length == 0) return done && token.code.length != 0;
+        return done && length >= 32 && answer == 1;
     }
 
     /// Check a leaf and write down its payment. Returns 0 where only an advance was counted.
@@ -475,10 +567,11 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
     }
 
     function _write(Job storage j, Account storage a, uint128 paid, uint128 counted) private {
-        a.claimed += paid;
-        a.advanced -= counted;
-        j.claimed += paid;
-        j.settled -= counted;
+        // All sums before all stores, so that two stores to one slot become one.
+        (uint128 accountClaimed, uint128 advanced) = (a.claimed + paid, a.advanced - counted);
+        (uint128 settled, uint128 claimed) = (j.settled - counted, j.claimed + paid);
+        (a.claimed, a.advanced) = (accountClaimed, advanced);
+        (j.settled, j.claimed) = (settled, claimed);
     }
 
     /// What a leaf pays, and how much of the account's advance it counts; or why neither.
@@ -491,9 +584,7 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
     ) private view returns (uint128 paid, uint128 counted, bytes4 reason) {
         bytes32 root = _rootOf(j);
         bytes32 leaf = keccak256(bytes.concat(keccak256(abi.encode(account, uint256(cumulative)))));
-        if (root == bytes32(0) || !MerkleProof.verifyCalldata(proof, root, leaf)) {
-            return (0, 0, BadProof.selector);
-        }
+        if (!MerkleProof.verifyCalldata(proof, root, leaf)) return (0, 0, BadProof.selector);
         (uint128 claimed, uint128 advanced) = (a.claimed, a.advanced);
         if (cumulative > claimed) paid = cumulative - claimed;
         uint128 room = j.settled - j.claimed;
@@ -510,7 +601,8 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
 
     function _job(bytes32 jobId) private view returns (Job storage j) {
         j = _jobs[jobId];
-        if (j.owner == address(0)) revert NoSuchJob(jobId);
+        // The token stands beside what every claim reads anyway.
+        if (j.token == address(0)) revert NoSuchJob(jobId);
     }
 
     function _owned(bytes32 jobId) private view returns (Job storage j) {
@@ -519,11 +611,11 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
     }
 
     function _hubOf(Job storage j) private view returns (address) {
-        return j.nextHub != address(0) && block.timestamp >= j.nextHubAt ? j.nextHub : j.hub;
+        return j.nextHubAt != 0 && block.timestamp >= j.nextHubAt ? j.nextHub : j.hub;
     }
 
     function _rootOf(Job storage j) private view returns (bytes32) {
-        return j.pendingRoot != bytes32(0) && block.timestamp >= j.pendingAt ? j.pendingRoot : j.root;
+        return j.pendingAt != 0 && block.timestamp >= j.pendingAt ? j.pendingRoot : j.root;
     }
 
     function _free(Job storage j) private view returns (uint128) {

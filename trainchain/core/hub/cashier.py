@@ -63,8 +63,13 @@ def _settle(hub: Hub, job: Row) -> bool:
     if job["state"] == Job.SETTLED:
         return _close(hub, job)
     through, final = _due(hub, job)
-    owed = amounts(hub, job["id"], through)
-    if through > job["settled_round"] and owed and not _halted(hub, job):
+    escrow = hub.chain.job(job["id"]) if through > job["settled_round"] else None
+    # The owner may have told the escrow to take no further root: what is not settled by then stays unpaid.
+    if escrow is not None and not escrow.halted:
+        through, owed = _step(hub, job, through, escrow.round_cap)
+    else:
+        owed = {}
+    if owed:
         settled = hub.chain.settle(job["id"], through, owed)
         leaves = hub.objects.put(settled.leaves)
         now = hub.clock()
@@ -119,10 +124,17 @@ def _close(hub: Hub, job: Row) -> bool:
         return move(db, schema.jobs, job, Job.CLOSED, now=now)
 
 
-def _halted(hub: Hub, job: Row) -> bool:
-    """Whether the owner told the escrow to take no further root: what is not settled by then stays unpaid."""
-    escrow = hub.chain.job(job["id"])
-    return escrow is None or escrow.halted
+def _step(hub: Hub, job: Row, through: int, cap: int) -> tuple[int, dict[str, int]]:
+    """The last round that the next settlement can cover, and what is owed by then: the escrow lets one add a round's
+    price. After a time without the chain a job is settled in several steps."""
+    with hub.store.read() as db:
+        last = one(db, schema.settlements, job=job["id"], round=job["settled_round"])
+    before = last["total"] if last else 0
+    while True:
+        owed = amounts(hub, job["id"], through)
+        if sum(owed.values()) - before <= cap or through == job["settled_round"] + 1:
+            return through, owed
+        through -= 1
 
 
 def _look_for_money(hub: Hub, job: Row) -> bool:
