@@ -150,6 +150,8 @@ CODES: dict[str, Reason] = {
     "chain.unknown": Reason(422, 1, "The chain's address is of a kind TrainChain does not know."),
     "chain.reverted": Reason(409, 1, "A contract refused the call; its error names the values."),
     "chain.denied": Reason(403, 1, "The embedded chain's public door does not offer that method."),
+    "chain.foreign_key": Reason(403, 7, "The key is a test chain's own, and signs for no other chain."),
+    "chain.journal": Reason(409, 1, "The note of the transactions under way cannot be read."),
     "faucet.closed": Reason(403, 6, "This hub's chain is not an embedded one, or this wallet has had its share."),
     "settlement.mismatch": Reason(409, 4, "The leaves file, the proof and the root on chain do not agree."),
     "money.not_an_amount": Reason(422, 2, "The text is not an amount of tokens."),
@@ -161,4 +163,7 @@ CODES: dict[str, Reason] = {
     "wallet.unreadable": Reason(422, 7, "The wallet file is not a version 3 keystore."),
     "wallet.wrong_password": Reason(403, 7, "The password does not open the wallet."),
     "wallet.locked": Reason(403, 7, "The wallet needs a password, and nobody could be asked."),
+    "wallet.keyring": Reason(
+        503, 7, "The system's keyring is not there, is locked, or does not keep what it is given."
+    ),
 }
