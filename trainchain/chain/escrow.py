@@ -119,12 +119,14 @@ class ChainClient(TokenClient):
         return JobCreated(to_hex(bytes(made["jobId"])), hash_of(receipt))
 
     def fund(self, wallet: Wallet, job_id: str, amount: int) -> str:
-        """Pay more into a job. Every call pays."""
-        permit = self._permission(wallet, self.job(job_id).token, amount)
+        """Pay more into a job. Every call pays, but one that finishes a call whose answer was lost."""
         contract = self._contract()
-        if permit is None:
-            call = contract.functions.fund(bytes32(job_id), amount)
-        else:
+        call = contract.functions.fund(bytes32(job_id), amount)
+        again = self._sender.again(wallet, call)
+        if again is not None:
+            return hash_of(again)
+        permit = self._permission(wallet, self.job(job_id).token, amount)
+        if permit is not None:
             call = contract.functions.fundWithPermit(bytes32(job_id), amount, *permit)
         return self._send(wallet, call)
 

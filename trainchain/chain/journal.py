@@ -67,12 +67,13 @@ class Journal:
             own.release()
 
     def find(self, purpose: str) -> list[Sent]:
-        """What was sent for this purpose and not seen to end, the newest first."""
-        return [one for one in reversed(self._read()) if one.purpose == purpose]
+        """What was sent for this purpose and not seen to end, the newest first; for none, nothing."""
+        return [one for one in reversed(self._read()) if purpose and one.purpose == purpose]
 
     def add(self, sent: Sent) -> None:
         """On disk when this returns; only then may it be sent."""
-        self._write([*self._read(), sent][-_MOST:])
+        if sent.purpose:
+            self._write([*self._read(), sent][-_MOST:])
 
     def drop(self, sent: Sent) -> None:
         """This one can never come into a block."""
@@ -87,6 +88,8 @@ class Journal:
             return []
         try:
             found = json.loads(self.path.read_bytes())
+            if not isinstance(found, list):
+                raise TypeError("not a list")
             return [Sent(str(one["purpose"]), int(one["nonce"]), str(one["raw"])) for one in found]
         except FileNotFoundError:
             return []
