@@ -61,14 +61,17 @@ def open_file(path: Path, given: str | None) -> tuple[Wallet, str, str]:
 
 
 def how_to_back_up(settings: Settings) -> str:
-    """The command, as it can be run from anywhere."""
+    """The command, as it can be run from here."""
     import shlex
 
+    from trainchain.cli.wiring import friendly
     from trainchain.core.settings import Settings
 
-    elsewhere = settings.home != Settings.load().home
-    home = f" --home {shlex.quote(str(settings.home))}" if elsewhere else ""
-    return f"trainchain wallet backup wallet-backup.json{home}"
+    if settings.home == Settings.load().home:
+        return "trainchain wallet backup wallet-backup.json"
+    near = friendly(settings.home)
+    home = near if near.startswith("./") else str(settings.home)  # a shell knows ~ only where it is not quoted
+    return f"trainchain wallet backup wallet-backup.json --home {shlex.quote(home)}"
 
 
 def ask_once(question: str, otherwise: str) -> str:

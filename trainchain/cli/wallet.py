@@ -190,20 +190,22 @@ def _bytes_of(file: str) -> bytes:
 
 
 def _opened(data: bytes, place: str, settings: "Settings") -> tuple["Wallet", str]:
-    """A keystore of any program, opened with the password that is at hand, else with none, else with a person's."""
+    """A keystore of any program and its password: the one that is at hand, none, or a person's."""
     from trainchain.chain import wallet
     from trainchain.cli import passwords
     from trainchain.core.errors import TrainChainError
 
     given = settings.password()
+    for password in dict.fromkeys([given or "", ""]):
+        try:
+            return wallet.unlock(data, password, place), password
+        except TrainChainError as error:
+            if error.code != "wallet.wrong_password":
+                hint = "A version 3 keystore, or a private key of 64 hex digits, can be imported."
+                raise TrainChainError(error.code, error.message, hint=hint) from None
+            wrong = error
     if given is not None:
-        return wallet.unlock(data, given, place), given
-    try:
-        return wallet.unlock(data, "", place), ""
-    except TrainChainError as error:
-        if error.code != "wallet.wrong_password":
-            hint = "A version 3 keystore, or a private key of 64 hex digits, can be imported."
-            raise TrainChainError(error.code, error.message, hint=hint) from None
+        raise TrainChainError(wrong.code, wrong.message, hint="Check TRAINCHAIN_PASSWORD_FILE.")
     typed = passwords.ask_once(
         f"Password of {place}: ", f"The keystore at {place} has a password, and nobody can be asked for it."
     )

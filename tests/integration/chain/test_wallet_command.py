@@ -215,6 +215,12 @@ def test_a_copy_without_a_password_is_made_only_on_purpose_and_loudly(desk, secr
     assert wallets.open(desk.folder / "closed.json", PASSWORD).address == address
 
 
+def test_a_wallet_without_a_password_gets_one_on_the_way_in(desk, secret):
+    bare = file_of(desk, "bare", Wallet(KEY).keystore(""))
+    assert desk.answer("wallet", "import", bare, TRAINCHAIN_PASSWORD_FILE=secret)["password"] == "file"
+    assert wallets.open(desk.home / "wallet.json", PASSWORD).address == ADDRESS
+
+
 def test_a_home_without_a_wallet_is_told_as_such(desk):
     for command in (["show"], ["backup", "copy.json"]):
         desk.run("wallet", *command, "--json").failed_as("wallet.missing", 7)
