@@ -286,13 +286,15 @@ def _chain_checks() -> Checks:
     from trainchain.chain import eip712
     from trainchain.chain.settlement import read_leaves, settle_leaves
     from trainchain.core.bundle import Checks, Leaves
+    from trainchain.core.rewards import Terms
 
     def recover(chain: Chain, kind: str, fields: Any, signature: str) -> str:
         return eip712.recover(eip712.Domain(chain.chain_id, chain.escrow), kind, fields, signature)
 
     def leaves(data: bytes) -> Leaves:
         read, made = read_leaves(data), settle_leaves(data)
-        return Leaves(read.job_id, read.round, made.root, made.total, read.amounts)
+        terms = Terms(read.round, read.ended, read.limit)
+        return Leaves(read.job_id, terms, made.root, made.total, read.amounts)
 
     return Checks(recover, leaves)
 

@@ -5,7 +5,7 @@ All of it can be checked offline: `check` is told how signatures and settlements
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -29,10 +29,10 @@ from trainchain.core.models import (
     ResolvedRecipe,
     parse,
 )
-from trainchain.core.rewards import shard_reward
+from trainchain.core.rewards import Earned, Terms, recount, shard_reward
 
 FOLDER = "trainchain"
-FORMAT: Literal["trainchain.bundle/1"] = "trainchain.bundle/1"
+FORMAT: Literal["trainchain.bundle/2"] = "trainchain.bundle/2"
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
 CONTRIBUTIONS = "contributions.json"
@@ -61,6 +61,7 @@ class Receipt(Told):
     worker: Address
     deltaHash: Hash32
     amount: Amount
+    place: Positive
     hub: Address
     chain_id: Positive
     escrow: Address
@@ -68,7 +69,7 @@ class Receipt(Told):
 
     def fields(self) -> dict[str, Any]:
         """What the signature is over."""
-        names = ("jobId", "round", "shard", "lease", "worker", "deltaHash", "amount")
+        names = ("jobId", "round", "shard", "lease", "worker", "deltaHash", "amount", "place")
         return {name: getattr(self, name) for name in names}
 
 
@@ -103,7 +104,7 @@ class Entry(Model):
 
 
 class Manifest(Model):
-    format: Literal["trainchain.bundle/1"]
+    format: Literal["trainchain.bundle/2"]
     job: Hash32
     round: Positive
     """Whose adapter lies beside it."""
@@ -125,7 +126,7 @@ class Leaves(NamedTuple):
     """What a leaves file says and what it hashes to."""
 
     job: str
-    round: int
+    terms: Terms
     root: str
     total: int
     amounts: Mapping[str, int]
@@ -231,10 +232,11 @@ def _check_layout(folder: Path, recipe: ResolvedRecipe) -> None:
 
 def _check_contributions(
     recipe: ResolvedRecipe, manifest: Manifest, rows: list[Accepted], checks: Checks
-) -> dict[int, dict[str, int]]:
-    """Every signature, receipt and reward; returns what each worker earned by each round's settlement."""
+) -> list[Earned]:
+    """Every signature, receipt and reward; returns what was earned."""
     chain = manifest.chain
-    earned: dict[int, dict[str, int]] = {}
+    earned: list[Earned] = []
+    places: set[tuple[str, int]] = set()
     seen: set[tuple[int, int]] = set()
     for row in rows:
         given, receipt, place = row.contribution, row.receipt, row.place
@@ -262,40 +264,42 @@ def _check_contributions(
             wrong = f"is signed by {signer}, not by the hub {chain.hub}"
         elif receipt.amount != reward:
             wrong = f"promises {receipt.amount} and not the {reward} that the recipe gives"
+        elif (given.worker.lower(), receipt.place) in places:
+            wrong = f"gives place {receipt.place} a second time"
         if wrong:
             raise TrainChainError("receipt.invalid", f"The receipt of {where} {wrong}.")
-        mine = earned.setdefault(row.counted, {})
-        mine[given.worker.lower()] = mine.get(given.worker.lower(), 0) + reward
+        places.add((given.worker.lower(), receipt.place))
+        earned.append(Earned(*row.place, given.worker.lower(), receipt.place, reward, row.counted))
     return earned
 
 
-def _check_settlements(
-    inside: Path, manifest: Manifest, earned: Mapping[int, Mapping[str, int]], checks: Checks
-) -> None:
-    """A settlement up to the adapter's round pays exactly what was earned; a later one that covers it, no less."""
+def _check_settlements(inside: Path, manifest: Manifest, earned: Sequence[Earned], checks: Checks) -> None:
+    """A settlement up to the adapter's round pays exactly what had vested of what was earned, and so does each that
+    follows a job's end; a later one of a job that went on pays no less."""
     told = parse(Settlements, _read(inside / SETTLEMENTS), code="job.invalid", what=SETTLEMENTS)
-    for row in told.settlements:
+    terms: list[Terms] = []
+    due: dict[str, int] = {}
+    for row in sorted(told.settlements, key=lambda row: row.round):
         leaves = checks.leaves(_read(inside / row.leaves))
         pairs = (
             ("job", leaves.job, manifest.job),
-            ("round", leaves.round, row.round),
+            ("round", leaves.terms.number, row.round),
             ("root", leaves.root, row.root),
             ("total", leaves.total, row.total),
         )
         for name, here, there in pairs:
             if here != there:
                 raise TrainChainError("settlement.mismatch", f"{row.leaves} has the {name} {here}, not {there}.")
-        owed: dict[str, int] = {}
-        for round_, amounts in earned.items():
-            if round_ <= row.round:
-                for worker, amount in amounts.items():
-                    owed[worker] = owed.get(worker, 0) + amount
+        exact = row.round <= manifest.round or (bool(terms) and terms[-1].ended)
+        if exact:
+            terms.append(leaves.terms)
+            due = recount(earned, terms)[-1]
         paid = {account.lower(): amount for account, amount in leaves.amounts.items()}
-        for worker in sorted(set(owed) | (set(paid) if row.round <= manifest.round else set())):
-            here, due = paid.get(worker, 0), owed.get(worker, 0)
-            if here < due or (row.round <= manifest.round and here != due):
+        for worker in sorted(set(due) | (set(paid) if exact else set())):
+            here, there = paid.get(worker, 0), due.get(worker, 0)
+            if here < there or (exact and here != there):
                 raise TrainChainError(
-                    "settlement.mismatch", f"{row.leaves} pays {worker} {here}; its contributions earned {due}."
+                    "settlement.mismatch", f"{row.leaves} pays {worker} {here}; of its contributions {there} had vested."
                 )
 
 

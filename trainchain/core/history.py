@@ -52,7 +52,8 @@ class ToldEvaluation(Told):
 
 
 class ToldSettlement(Told):
-    """What went on chain once all rounds through `round` were merged: cumulative amounts, their sum in `total`."""
+    """What went on chain once all rounds through `round` were merged: cumulative amounts, their sum in `total`. After a
+    job's end `round` goes on counting."""
 
     round: Count
     root: Hash32
@@ -98,8 +99,11 @@ class History(Told):
         return next((row.loss for row in self.evaluations if row.round == round_), None)
 
     def settled(self, round_: int) -> list[ToldSettlement]:
-        """The settlements up to a round and the first one after them that covers it, where there is one yet."""
+        """The settlements up to a round and the next one after them, where there is one yet; of the last adapter all
+        of them, since a job's end is settled in as many steps as the escrow's cap needs."""
         rows = sorted(self.settlements, key=lambda row: row.round)
+        if round_ == max((row.round for row in self.merged()), default=0):
+            return rows
         before = [row for row in rows if row.round <= round_]
         if before and before[-1].round == round_:
             return before
