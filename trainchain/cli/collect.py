@@ -32,7 +32,7 @@ def known_jobs(client: HubClient, settings: Settings) -> list[str]:
     """Jobs this wallet has earned in: by the receipts on this disk and by the hub's word."""
     folder = settings.home / "receipts"
     here = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
-    return sorted(here | set(client.get("/v1/earned", signed=True)["jobs"]))
+    return sorted(here | {row["job"] for row in client.get("/v1/earned", signed=True)["jobs"]})
 
 
 def due(

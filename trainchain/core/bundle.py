@@ -299,7 +299,8 @@ def _check_settlements(inside: Path, manifest: Manifest, earned: Sequence[Earned
             here, there = paid.get(worker, 0), due.get(worker, 0)
             if here < there or (exact and here != there):
                 raise TrainChainError(
-                    "settlement.mismatch", f"{row.leaves} pays {worker} {here}; of its contributions {there} had vested."
+                    "settlement.mismatch",
+                    f"{row.leaves} pays {worker} {here}; of its contributions {there} had vested.",
                 )
 
 
