@@ -82,7 +82,7 @@ class Mirror:
         self._forget(job_id, account, keep={leaves.round for leaves in here[-2:]})
 
     def _forget(self, job_id: str, account: str, keep: set[int]) -> None:
-        """The newest are enough, and the one that gave this account most: it is evidence where a later one gives less."""
+        """The newest are enough, and the one that gave this account most: evidence where a later one gives less."""
         leaves = self.leaves(job_id)
         most = max(leaves, key=lambda one: (one.amounts.get(checksum(account), 0), one.round))
         for one in leaves:
@@ -134,9 +134,7 @@ class Standing:
         return sum(item.amount for item in self.items)
 
 
-def plan(
-    chain: ChainClient, account: str, known: Known, bring: Bring, *, now: float, redeem: str = ""
-) -> Standing:
+def plan(chain: ChainClient, account: str, known: Known, bring: Bring, *, now: float, redeem: str = "") -> Standing:
     """What a job owes the account: its leaf in the active settlement, and what its voucher promises beyond that.
 
     A voucher is left to the hub to settle, unless `redeem` says why not, no settlement can come any more, or the time
@@ -152,10 +150,9 @@ def plan(
         redeem = redeem or "the settlement's leaves file cannot be had"
     if known.voucher is not None:
         _voucher(chain, found, account, known.voucher, now, redeem)
-    if found.doubt is not None and found.doubt.exit_code == 3 and known.voucher is not None:
-        # A hub settles no more than it has promised: what the voucher covers or has covered, no leaf is needed for.
-        if found.items or known.voucher[0] <= found.paid:
-            found.doubt = None
+    covered = bool(found.items) or (known.voucher is not None and known.voucher[0] <= found.paid)
+    if found.doubt is not None and found.doubt.exit_code == 3 and covered:
+        found.doubt = None  # no hub settles more than it has promised: where the voucher pays, no leaf is missed
     return found
 
 
@@ -238,9 +235,7 @@ def _leaf(found: Standing, settlements: Sequence[Settled], account: str, known: 
     if found.leaf > found.paid:
         why = f"settlement {settled.round}"
         amount = found.leaf - found.paid
-        found.items.append(
-            Item("leaf", known.job_id, account, found.leaf, amount, why, settled.round, tuple(proof))
-        )
+        found.items.append(Item("leaf", known.job_id, account, found.leaf, amount, why, settled.round, tuple(proof)))
     if found.leaf < before:
         found.doubt = TrainChainError(
             "settlement.mismatch",
@@ -280,7 +275,9 @@ def _voucher(
     if not redeem and now > job.deadline + job.grace // 2:
         redeem = f"half of the grace time is over, and it ends {when(job.closes_after)}"
     if not redeem:
-        found.why = f"vested, not settled yet: the hub does that; --vouchers takes it now, until {when(job.closes_after)}"
+        found.why = (
+            f"vested, not settled yet: the hub does that; --vouchers takes it now, until {when(job.closes_after)}"
+        )
     elif amount > job.free:
         found.why = f"the escrow has {show(job.free)} left that is not settled; the voucher promises {show(amount)}"
     else:

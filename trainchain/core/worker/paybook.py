@@ -149,7 +149,9 @@ class Paybook(Papers):
             return f"cannot be read: {error.message}"
         if Ties(receipt.chain_id, receipt.escrow, receipt.hub) != self.bound:
             return "names another hub, chain or escrow"
-        if any(_plain(value) != _plain(promised.get(name)) for name, value in receipt.fields().items() if name != "place"):
+        if any(
+            _plain(value) != _plain(promised.get(name)) for name, value in receipt.fields().items() if name != "place"
+        ):
             return "does not promise what it should"
         if not self._signed("Receipt", {**promised, "place": receipt.place}, receipt.signature):
             return "is not signed by the hub of the escrow"
