@@ -19,6 +19,8 @@ from trainchain.core.states import ENDED, Job, Round
 _COUNTED = func.coalesce(schema.contributions.c.merged_in, schema.contributions.c.round)
 """The round whose settlement pays a contribution."""
 _MOST = 2**128 - 1
+LOOK_SECONDS = 60.0
+"""Between two looks at whether a running job's owner has ended it on chain: the grace time runs from there."""
 SETTLING = frozenset(Job) - {Job.CLOSED}
 
 
@@ -30,6 +32,8 @@ def tick(hub: Hub) -> bool:
         rows = list(db.execute(query).mappings())
     for job in rows:
         moved = attempt(_settle, hub, job) or moved
+        if job["state"] in (Job.OPEN, Job.RUNNING) and hub.clock() >= hub.looked.get(job["id"], 0.0) + LOOK_SECONDS:
+            moved = attempt(_look_at_escrow, hub, job) or moved
         if job["state"] == Job.UNFUNDED and job["deadline"] is not None:
             moved = attempt(_look_for_money, hub, job) or moved
     if moved:
@@ -73,7 +77,8 @@ def _settle(hub: Hub, job: Row) -> bool:
         return _stopped(hub, job, escrow, ended=ended)
     if hub.clock() < escrow.pending_at:
         return False
-    _count_advances(hub, job, escrow)
+    if _count_advances(hub, job, escrow):
+        escrow = hub.chain.job(job["id"]) or escrow
     terms = terms._replace(limit=min(escrow.round_cap, escrow.free))
     more = added(rows, settled, terms)
     if not more:
@@ -159,31 +164,51 @@ def _stopped(hub: Hub, job: Row, escrow: EscrowJob, *, ended: bool) -> bool:
     vouchers, which every worker has for all that it did once the job has ended."""
     if ended:
         return _settled(hub, job)
-    if job["state"] in ENDED or not escrow.halted:
+    return escrow.halted and _cancel(hub, job)
+
+
+def _cancel(hub: Hub, job: Row) -> bool:
+    if job["state"] in ENDED:
         return False
     with hub.store.write() as db:
         return move(db, schema.jobs, job, Job.CANCELLED, now=hub.clock(), data={"reason": "halted"})
 
 
+def _look_at_escrow(hub: Hub, job: Row) -> bool:
+    """A halted job ends here too, and one that was closed early has another deadline: what was accepted must have
+    vested while the escrow still pays."""
+    escrow = hub.chain.job(job["id"])
+    hub.looked[job["id"]] = hub.clock()
+    if escrow is None:
+        return False
+    if escrow.halted:
+        return _cancel(hub, job)
+    if escrow.deadline < job["deadline"]:
+        with hub.store.write() as db:
+            fields = {"deadline": float(escrow.deadline)}
+            db.execute(update(schema.jobs).where(schema.jobs.c.id == job["id"]).values(**fields))
+        return True
+    return False
+
+
 def _finish(hub: Hub, job: Row) -> bool:
     """Nothing is left to settle. What vouchers paid is counted first: until then it is reserved twice, and the owner
     could not have it back."""
-    with hub.store.read() as db:
-        last = one(db, schema.settlements, job=job["id"], round=job["settled_round"])
-    if last is not None:
-        escrow = hub.chain.job(job["id"])
-        if escrow is not None and hub.clock() < escrow.pending_at:
+    escrow = hub.chain.job(job["id"]) if job["settled_round"] else None
+    if escrow is not None and escrow.advances:
+        if hub.clock() < escrow.pending_at:
             return False
-        if escrow is not None:
-            _count_advances(hub, job, escrow)
+        _count_advances(hub, job, escrow)
     return _settled(hub, job)
 
 
-def _count_advances(hub: Hub, job: Row, escrow: EscrowJob) -> None:
+def _count_advances(hub: Hub, job: Row, escrow: EscrowJob) -> bool:
+    """Prove the leaves of those whom vouchers have paid; whether there was one to prove."""
     with hub.store.read() as db:
         last = one(db, schema.settlements, job=job["id"], round=job["settled_round"])
-    if escrow.advances and last is not None:
-        hub.chain.count_advances(job["id"], hub.objects.get(last["leaves"]))
+    if not escrow.advances or last is None:
+        return False
+    return hub.chain.count_advances(job["id"], hub.objects.get(last["leaves"])) is not None
 
 
 def _settled(hub: Hub, job: Row) -> bool:
