@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainchain.cli import wiring
 from trainchain.cli.output import Output
 from trainchain.cli.survey import Failure, Found, Source, Survey, survey
 from trainchain.core.errors import TrainChainError
@@ -44,11 +43,32 @@ def claim_all(
     `failed` says what could not be done; raises it where nothing could be taken.
     """
     redeem = "asked for" if vouchers else ""
-    known = survey(settings, out, only=only, job=job, redeem=redeem, now=now, wallet=wallet, dial=dial)
+    with survey(settings, out, only=only, job=job, redeem=redeem, now=now, wallet=wallet, dial=dial) as known:
+        return _claim(known, out, dry_run=dry_run, own_gas=own_gas or to is not None, to=to, now=now)
+
+
+def exit_code(failed: Sequence[Document]) -> int:
+    """Of a command that did what it could: a proof that does not hold weighs most."""
+    from trainchain.core.errors import CODES
+
+    codes = [CODES[one["code"]].exit_code for one in failed]
+    return 4 if 4 in codes else next(iter(codes), 0)
+
+
+def reclaim(client: HubClient, chain: ChainClient, wallet: Wallet, job_id: str) -> Document:
+    """Give an owner back what a job never earned. Raises `money.too_early` until deadline and grace are over."""
+    _need_gas(client, chain, wallet)
+    paid = chain.reclaim(wallet, job_id)
+    return {"job": job_id, "wallet": wallet.address, "refunded": str(paid.amount), "tx": paid.tx}
+
+
+def _claim(
+    known: Survey, out: Output, *, dry_run: bool, own_gas: bool, to: str | None, now: Callable[[], float]
+) -> Document:
     rows, costs = [], []
-    for group in _groups(known.found, own_gas or to is not None):
+    for group in _groups(known.found, own_gas):
         paying = [(one, item) for one in group for item in one.standing.items if to is None or item.kind == "leaf"]
-        relay = None if own_gas or to is not None else _relay(group[0].source)
+        relay = None if own_gas else _relay(group[0].source)
         outcomes: Sequence[Any] = [None] * len(paying)
         if paying and dry_run:
             costs.append(_cost(group[0].chain, known.wallet.address, [item for _, item in paying], relay))
@@ -77,21 +97,6 @@ def claim_all(
         "balance": _balance(known),
         "failed": [failure.document() for failure in known.failures],
     }
-
-
-def exit_code(failed: Sequence[Document]) -> int:
-    """Of a command that did what it could: a proof that does not hold weighs most."""
-    from trainchain.core.errors import CODES
-
-    codes = [CODES[one["code"]].exit_code for one in failed]
-    return 4 if 4 in codes else next(iter(codes), 0)
-
-
-def reclaim(client: HubClient, chain: ChainClient, wallet: Wallet, job_id: str) -> Document:
-    """Give an owner back what a job never earned. Raises `money.too_early` until deadline and grace are over."""
-    _need_gas(client, chain, wallet)
-    paid = chain.reclaim(wallet, job_id)
-    return {"job": job_id, "wallet": wallet.address, "refunded": str(paid.amount), "tx": paid.tx}
 
 
 def _groups(found: list[Found], own_gas: bool) -> list[list[Found]]:
@@ -184,7 +189,7 @@ def _balance(known: Survey) -> str:
         tokens[one.chain.chain_id, one.standing.job.token] = one.chain
     for source in known.sources:
         if not tokens and source.client is not None:
-            tokens[source.place.chain_id, source.place.token] = wiring.chain_of(source.client)
+            tokens[source.place.chain_id, source.place.token] = known.chain_of(source)
     return str(sum(chain.token_balance(token, known.wallet.address) for (_, token), chain in tokens.items()))
 
 

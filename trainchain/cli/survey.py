@@ -5,8 +5,9 @@ A hub that is gone costs nothing of that: its chain is known from when it answer
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +100,13 @@ class Survey:
     sources: list[Source]
     found: list[Found]
     failures: list[Failure]
+    chains: _Chains
+
+    def chain_of(self, source: Source) -> ChainClient:
+        return self.chains.of(source.place, source.place.escrow)
 
 
+@contextlib.contextmanager
 def survey(
     settings: Settings,
     out: Output,
@@ -111,31 +117,50 @@ def survey(
     now: Callable[[], float] = time.time,
     wallet: Wallet | None = None,
     dial: Dial | None = None,
-) -> Survey:
+) -> Iterator[Survey]:
     """Look at every job of this home, or at one: `only` at the settings' hub. One bad job or hub stops no other.
 
     `redeem` says why vouchers are used where the hub would settle; where a hub does not answer, that is why. `wallet`
     and `dial` are this home's wallet, and how a hub is reached as it.
     """
+    with contextlib.ExitStack() as stack:
+        yield _survey(stack, settings, out, only, job, redeem, now(), wallet, dial or _dial)
+
+
+def _survey(
+    stack: contextlib.ExitStack,
+    settings: Settings,
+    out: Output,
+    only: bool,
+    job: str | None,
+    redeem: str,
+    now: float,
+    wallet: Wallet | None,
+    dial: Dial,
+) -> Survey:
     from trainchain.chain.collecting import Mirror
     from trainchain.core.worker.paybook import Papers
 
+    def call(settings: Settings, wallet: Wallet | None) -> HubClient:
+        client = dial(settings, wallet)
+        stack.callback(client.close)
+        return client
+
     failures: list[Failure] = []
-    dial = dial or _dial
-    sources = _sources(settings, only, dial, failures)
+    sources = _sources(settings, only, call, failures)
     if wallet is None and not settings.wallet_path.exists() and not any(source.client for source in sources):
         raise failures[0].error if failures else _no_wallet(settings)
     wallet = wallet or wiring.open_wallet(settings, out)
     for source in sources:
-        _ask(source, settings, wallet, dial, failures)
+        _ask(source, settings, wallet, call, failures)
     papers, mirror = Papers(settings.home, wallet.address), Mirror(settings.home / "leaves")
-    chains = _Chains()
+    chains, bad = _Chains(stack), set()
     for source in sources:
         try:  # a hub whose chain is not what it should be is told of, whether or not anything was earned there
             chains.of(source.place, source.place.escrow)
         except TrainChainError as error:
             failures.append(Failure(source.url, error))
-    bad = {failure.what for failure in failures}
+            bad.add(source.url)
     found = []
     for job_id, source in _jobs(papers, sources, only, failures):
         name = str(source.earned.get(job_id, {}).get("name") or job_id[:12])
@@ -145,26 +170,30 @@ def survey(
             ties = papers.ties(job_id)
             chain = chains.of(source.place, ties.escrow if ties else source.place.escrow)
             _bring_up_to_date(settings, source, wallet, chain, mirror, job_id, failures)
-            found.append(_look(source, wallet, chain, papers, mirror, job_id, name, redeem, now()))
+            found.append(_look(source, wallet, chain, papers, mirror, job_id, name, redeem, now))
         except TrainChainError as error:
             failures.append(Failure(job_id, error))
-    failures += [Failure(one.job, one.standing.doubt) for one in found if one.standing.doubt is not None]
+    told = {(failure.what, failure.error.code) for failure in failures}
+    doubts = [Failure(one.job, one.standing.doubt) for one in found if one.standing.doubt is not None]
+    failures += [doubt for doubt in doubts if (doubt.what, doubt.error.code) not in told]
     if job is not None and not found and not failures:
         raise TrainChainError("job.unknown", f"This wallet has earned nothing in a job {job[:80]!r}.")
-    return Survey(wallet, papers, sources, found, failures)
+    return Survey(wallet, papers, sources, found, failures, chains)
 
 
 class _Chains:
     """Each chain and escrow is connected to once."""
 
-    def __init__(self) -> None:
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
         self._open: dict[tuple[str, str], ChainClient | TrainChainError] = {}
 
     def of(self, place: Place, escrow: str) -> ChainClient:
         key = place.rpc, escrow.lower()
         if key not in self._open:
             try:
-                self._open[key] = wiring.chain_at(place.rpc, place.chain_id, escrow)
+                self._open[key] = chain = wiring.chain_at(place.rpc, place.chain_id, escrow)
+                self._stack.callback(chain.close)
             except TrainChainError as error:
                 self._open[key] = error
         found = self._open[key]
