@@ -38,6 +38,8 @@ class Source:
     place: Place
     client: HubClient | None
     earned: dict[str, Document] = field(default_factory=dict)
+    heard: bool = False
+    """Whether it said so: then what it does not name it does not know."""
 
     @property
     def relays(self) -> bool:
@@ -100,6 +102,8 @@ class Survey:
     sources: list[Source]
     found: list[Found]
     failures: list[Failure]
+    missed: list[str]
+    """Jobs that papers lie here of, and that nothing could be found out about."""
     chains: _Chains
 
     def chain_of(self, source: Source) -> ChainClient:
@@ -178,7 +182,9 @@ def _survey(
     failures += [doubt for doubt in doubts if (doubt.what, doubt.error.code) not in told]
     if job is not None and not found and not failures:
         raise TrainChainError("job.unknown", f"This wallet has earned nothing in a job {job[:80]!r}.")
-    return Survey(wallet, papers, sources, found, failures, chains)
+    looked = {one.job for one in found}
+    missed = [] if only or job is not None else [one for one in papers.jobs() if one not in looked]
+    return Survey(wallet, papers, sources, found, failures, missed, chains)
 
 
 class _Chains:
@@ -228,6 +234,7 @@ def _ask(source: Source, settings: Settings, wallet: Wallet, dial: Dial, failure
     source.client = dial(replace(settings, hub=source.url), wallet)
     try:
         source.earned = {row["job"]: row for row in source.client.get("/v1/earned", signed=True)["jobs"]}
+        source.heard = True
     except TrainChainError as error:
         failures.append(Failure(source.url, error))
 
