@@ -324,6 +324,36 @@ def test_a_settlement_whose_answer_was_lost_is_found_again(
     assert job.state == "settled"
 
 
+@pytest.mark.parametrize("dropped", [1, 2, 3])
+def test_settlements_that_the_chain_drops_are_sent_again(
+    town: Town, anna: Person, monkeypatch: pytest.MonkeyPatch, dropped: int
+) -> None:
+    """Its last blocks were replaced by others, which do not have them."""
+    job, settle = town.publish(rounds=3, shards=1), town.port.settle
+    sent = []
+
+    def send(*arguments: Any) -> Any:
+        sent.append(arguments)
+        return settle(*arguments) if len(sent) <= 3 - dropped else "0x" + "5a" * 32
+
+    with monkeypatch.context() as patch:
+        patch.setattr(town.port, "settle", send)
+        patch.setattr(cashier, "_dropped", lambda *_: False)
+        finish(job, anna)
+        assert job.state == "settled"
+    assert len(town.chain.settlements(job.id)) == 3 - dropped
+    town.clock.forward(cashier.LOOK_SECONDS)
+
+    town.tick()
+
+    on_chain = town.chain.settlements(job.id)
+    assert [(row.round, row.tx) for row in on_chain] == [
+        (row["round"], row["tx"]) for row in town.rows(schema.settlements, job=job.id)
+    ]
+    assert on_chain[-1].total == job_price(job.recipe)
+    assert job.state == "settled"
+
+
 def test_a_settlement_that_the_chain_refuses_is_made_anew(
     town: Town, anna: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:

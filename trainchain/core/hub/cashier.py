@@ -20,7 +20,8 @@ _COUNTED = func.coalesce(schema.contributions.c.merged_in, schema.contributions.
 """The round whose settlement pays a contribution."""
 _MOST = 2**128 - 1
 LOOK_SECONDS = 60.0
-"""Between two looks at whether a running job's owner has ended it on chain: the grace time runs from there."""
+"""Between two looks at the escrow of a job that nothing is due for."""
+LOOKED_AT = frozenset({Job.OPEN, Job.RUNNING, Job.SETTLED})
 SETTLING = frozenset(Job) - {Job.CLOSED}
 
 
@@ -32,7 +33,7 @@ def tick(hub: Hub) -> bool:
         rows = list(db.execute(query).mappings())
     for job in rows:
         moved = attempt(_settle, hub, job) or moved
-        if job["state"] in (Job.OPEN, Job.RUNNING) and hub.clock() >= hub.looked.get(job["id"], 0.0) + LOOK_SECONDS:
+        if job["state"] in LOOKED_AT and hub.clock() >= hub.looked.get(job["id"], 0.0) + LOOK_SECONDS:
             moved = attempt(_look_at_escrow, hub, job) or moved
         if job["state"] == Job.UNFUNDED and job["deadline"] is not None:
             moved = attempt(_look_for_money, hub, job) or moved
@@ -55,12 +56,13 @@ def earned(hub: Hub, job_id: str) -> tuple[list[Earned], set[tuple[int, int]]]:
 
 
 def _settle(hub: Hub, job: Row) -> bool:
-    if job["state"] == Job.SETTLED:
-        return _close(hub, job)
+    unsent = select(schema.settlements).where(schema.settlements.c.job == job["id"], schema.settlements.c.tx.is_(None))
     with hub.store.read() as db:
-        written = one(db, schema.settlements, job=job["id"], tx=None)
+        written = db.execute(unsent.order_by(schema.settlements.c.round).limit(1)).mappings().first()
     if written is not None:
         return _send(hub, job, written)
+    if job["state"] == Job.SETTLED:
+        return _close(hub, job)
     ended = vouchers.ended(hub, job)
     if ended:  # first: they need no chain
         vouchers.vest_all(hub, job["id"])
@@ -75,6 +77,8 @@ def _settle(hub: Hub, job: Row) -> bool:
         return False
     if escrow.halted or hub.clock() > escrow.deadline + escrow.grace:
         return _stopped(hub, job, escrow, ended=ended)
+    if _dropped(hub, job, escrow):
+        return True
     if hub.clock() < escrow.pending_at:
         return False
     if _count_advances(hub, job, escrow):
@@ -175,11 +179,15 @@ def _cancel(hub: Hub, job: Row) -> bool:
 
 
 def _look_at_escrow(hub: Hub, job: Row) -> bool:
-    """A halted job ends here too, and one that was closed early has another deadline: what was accepted must have
-    vested while the escrow still pays."""
+    """A halted job ends here too, and one that was closed early has another deadline: the grace time runs, and what was
+    accepted must have vested while the escrow still pays."""
     escrow = hub.chain.job(job["id"])
     hub.looked[job["id"]] = hub.clock()
     if escrow is None:
+        return False
+    if _dropped(hub, job, escrow):
+        return True
+    if job["state"] == Job.SETTLED:
         return False
     if escrow.halted:
         return _cancel(hub, job)
@@ -189,6 +197,17 @@ def _look_at_escrow(hub: Hub, job: Row) -> bool:
             db.execute(update(schema.jobs).where(schema.jobs.c.id == job["id"]).values(**fields))
         return True
     return False
+
+
+def _dropped(hub: Hub, job: Row, escrow: EscrowJob) -> bool:
+    """Send again what the chain had and has no more: its last blocks can be replaced by others."""
+    table = schema.settlements
+    gone = (table.c.job == job["id"]) & (table.c.round > escrow.round) & table.c.tx.is_not(None)
+    with hub.store.write() as db:
+        found = db.execute(update(table).where(gone).values(tx=None)).rowcount > 0
+    if found:
+        log.warning("job %s: settlements after %d are no longer on chain; they are sent again", job["id"], escrow.round)
+    return found
 
 
 def _finish(hub: Hub, job: Row) -> bool:

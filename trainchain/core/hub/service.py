@@ -39,6 +39,8 @@ class EscrowJob:
     """What is neither settled nor given back."""
     advances: int
     """What vouchers paid and no leaf has counted yet: reserved twice."""
+    round: int
+    """The number of the last settlement."""
     pending_at: int
     """When the last root becomes active; no other is taken before."""
     halted: bool
