@@ -1,4 +1,4 @@
-"""A hub that is gone for ever costs its workers what was vesting, and nothing else. Real processes on a chain by URL."""
+"""A hub that is gone for ever costs its workers what was vesting, and no more. Real processes, a chain by URL."""
 
 import json
 import shutil
