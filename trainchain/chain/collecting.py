@@ -3,6 +3,7 @@
 Nothing here needs a hub: a leaf is proven from a leaves file that was kept, a voucher is the proof itself.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,9 +41,12 @@ class Mirror:
 
     def read(self, job_id: str) -> dict[int, bytes]:
         """By settlement, the oldest first."""
-        folder = self._folder / job_id
-        names = [path for path in folder.iterdir() if path.stem.isdigit()] if folder.is_dir() else []
-        return {int(path.stem): path.read_bytes() for path in sorted(names, key=lambda path: int(path.stem))}
+        folder, found = self._folder / job_id, {}
+        numbers = [int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()] if folder.is_dir() else []
+        for number in sorted(numbers):
+            with contextlib.suppress(FileNotFoundError):  # another process may have forgotten it meanwhile
+                found[number] = (folder / f"{number}.json").read_bytes()
+        return found
 
     def leaves(self, job_id: str) -> list[Leaves]:
         """As `read`; torn files are passed over."""

@@ -269,15 +269,19 @@ def _bring_up_to_date(
     """Fetch the newest voucher and settlement from a hub that answers, so that they are here when it does not."""
     if source.client is None:
         return
-    book = wiring.paybook_of(settings, wallet, chain, chain.job(job).hub)
-    try:
-        hubs.remember(settings, source.client)
-        mirror.update(chain, job, wallet.address, source.client.object)
+    book, client = wiring.paybook_of(settings, wallet, chain, chain.job(job).hub), source.client
+
+    def newest_voucher() -> None:
         floor = book.vested(job)
-        answer = source.client.get(f"/v1/jobs/{job}/voucher", signed=True)
+        answer = client.get(f"/v1/jobs/{job}/voucher", signed=True)
         book.keep_voucher(job, answer.get("voucher"), book.earned(job) if answer.get("ended") is True else floor)
-    except TrainChainError as error:
-        failures.append(Failure(job, error))
+
+    hubs.remember(settings, client)
+    for bring in (newest_voucher, lambda: mirror.update(chain, job, wallet.address, client.object)):
+        try:
+            bring()
+        except TrainChainError as error:
+            failures.append(Failure(job, error))
 
 
 def _look(
