@@ -86,14 +86,14 @@ def test_settled_money_can_be_claimed_for_ever(world):
     assert world.claim(leaves, world.anna).amount == 10
 
 
-def test_another_hub_takes_over_after_the_delay(world, refused):
-    client, job_id = world.client, world.job(activation_delay=100)
+def test_another_hub_takes_over_after_the_grace_time(world, refused):
+    client, job_id = world.client, world.job(activation_delay=0, grace=500)
     client.propose_hub(world.owner, job_id, world.ben.address)
     job = client.job(job_id)
     assert (job.hub, job.next_hub) == (world.hub.address, world.ben.address)
-    world.redeem(job_id, world.anna, 5)
-    world.advance(99)
+    world.advance(499)
     refused("NotHub", world.settle, job_id, 1, {world.anna: 5}, wallet=world.ben)
+    world.redeem(job_id, world.anna, 5)
     world.advance(1)
     assert client.job(job_id).hub == world.ben.address
     refused("BadSignature", world.redeem, job_id, world.anna, 6)
@@ -101,7 +101,7 @@ def test_another_hub_takes_over_after_the_delay(world, refused):
     world.settle(job_id, 1, {world.anna: 5}, wallet=world.ben)
     client.propose_hub(world.owner, job_id, world.hub.address)
     client.propose_hub(world.owner, job_id, world.ben.address)  # taken back
-    world.advance(100)
+    world.advance(500)
     assert client.job(job_id).hub == world.ben.address
 
 
