@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test test-all check bench bench-train bench-learning clean
+.PHONY: quickstart test test-all check slither bench bench-chain bench-train bench-learning clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/trainchain run recipes/quickstart/recipe.yaml
@@ -24,6 +24,9 @@ check: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	@test -n "$(MODEL)" || { echo "make bench MODEL=DIR TRAIN=FILE.jsonl EVAL=FILE.jsonl [FLAGS=--quick]"; exit 2; }
 	$(BIN)/python benchmarks/real_job.py --model $(MODEL) --train $(TRAIN) --eval $(EVAL) $(FLAGS)
+
+bench-chain: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/chain.py $(FLAGS)
 
 bench-train: $(VENV)/installed-bench
 	@test -n "$(MODEL)" || { echo "make bench-train MODEL=DIR DATA=FILE.jsonl [FLAGS='--shape 135m']"; exit 2; }
