@@ -21,6 +21,11 @@ check: $(VENV)/installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# For maintainers. Needs node, npm, and Slither in an environment of its own: pipx install slither-analyzer==0.11.6
+slither:
+	@command -v $${SLITHER:-slither} >/dev/null || { echo "make slither [SLITHER=PATH] needs: pipx install slither-analyzer==0.11.6"; exit 2; }
+	cd trainchain/chain/contracts && npm install --no-audit --no-fund --no-package-lock --silent && node slither.mjs
+
 bench: $(VENV)/installed-dev
 	@test -n "$(MODEL)" || { echo "make bench MODEL=DIR TRAIN=FILE.jsonl EVAL=FILE.jsonl [FLAGS=--quick]"; exit 2; }
 	$(BIN)/python benchmarks/real_job.py --model $(MODEL) --train $(TRAIN) --eval $(EVAL) $(FLAGS)
