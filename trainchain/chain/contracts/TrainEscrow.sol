@@ -262,8 +262,8 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         emit Halted(jobId, j.deadline);
     }
 
-    /// @notice Name another hub. It takes over, and the old one's unredeemed vouchers lapse, after the grace time: no
-    /// faster than they would by a halt. Naming the present hub takes a proposal back.
+    /// @notice Name another hub. It takes over, and the old one's unredeemed vouchers lapse, after the grace time: the
+    /// time that a halt leaves them. Naming the present hub takes a proposal back.
     function proposeHub(bytes32 jobId, address hub) external {
         Job storage j = _owned(jobId);
         if (hub == address(0)) revert BadHub(hub);
