@@ -81,13 +81,17 @@ def _strings(parts: dict[str, int]) -> dict[str, str]:
 
 
 def _screen(groups: dict[str, list["Line"]], by: By, total: dict[str, int]) -> list[str]:
+    from pathlib import Path
+
     from trainchain.cli.ledger import sums
+    from trainchain.cli.wiring import friendly
 
     found = []
     for name, group in groups.items():
         first = group[0]
-        hub = first.hub.partition("://")[2]
-        found.append(name if by is By.DAY else f"{first.name}  {first.job[:14]}..  {hub}".rstrip())
+        title = [first.name] if first.name != first.job[:12] else []
+        title += [f"{first.job[:14]}..", first.hub.partition("://")[2]]
+        found.append(name if by is By.DAY else "  ".join(title).rstrip())
         parts = sums(group)
         shards = f"{len(group)} shard{'s' if len(group) != 1 else ''}"
         found += _part("accepted", parts["accepted"], shards)
@@ -95,9 +99,9 @@ def _screen(groups: dict[str, list["Line"]], by: By, total: dict[str, int]) -> l
             if parts[part]:
                 found += _part(part, parts[part], "; ".join(_reasons(group, part)))
         found += _part("claimed", parts["claimed"], "")
-        folder = next((row.receipt.rpartition("/")[0] for row in group if by is By.JOB and row.receipt), "")
+        folder = next((str(Path(row.receipt).parent) for row in group if by is By.JOB and row.receipt), "")
         if folder:
-            found.append(f"  receipts   {folder}")
+            found.append(f"  receipts   {friendly(Path(folder))}")
     shown = "  ".join(f"{part} {money.show(amount)}" for part, amount in total.items() if amount or part == "accepted")
     return [*found, *textwrap.wrap(f"total {shown} TRAIN", WIDTH, subsequent_indent="      ")]
 

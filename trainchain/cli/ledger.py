@@ -117,7 +117,8 @@ def waits(more: int) -> str:
 
 def _lines(papers: Papers, one: Found) -> list[Line]:
     standing = one.standing
-    marks = standing.paid, standing.leaf, max(standing.pending, one.vested)
+    ready = standing.paid + standing.claimable
+    marks = standing.paid, ready, max(ready, standing.pending, one.vested)
     settling = one.why or "vested, not settled yet"
     away = "" if one.source.heard else "; by what lies on this disk: the hub does not answer"
     shards = {receipt.lease: _of_receipt(papers, receipt) for receipt in papers.receipts(one.job)}

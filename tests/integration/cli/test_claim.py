@@ -193,6 +193,7 @@ def test_a_hub_that_is_gone_is_not_needed(town: Town, anna: Earner, mirrored: bo
         client.close()
     town.give(anna.address, 0)
     anna.away = True
+    assert anna.totals()["claimable"] == amount + sum(amounts[:2])
 
     done, again = anna.claim(), anna.claim()
 
