@@ -155,16 +155,19 @@ def _survey(
     if wallet is None and not settings.wallet_path.exists() and not any(source.client for source in sources):
         raise failures[0].error if failures else _no_wallet(settings)
     wallet = wallet or wiring.open_wallet(settings, out)
-    for source in sources:
-        _ask(source, settings, wallet, call, failures)
     papers, mirror = Papers(settings.home, wallet.address), Mirror(settings.home / "leaves")
-    chains, bad = _Chains(stack), set()
-    for source in sources:
+    chains, bad, known = _Chains(stack), set(), hubs.known(settings)
+    for at, source in enumerate(sources):
         try:  # a hub whose chain is not what it should be is told of, whether or not anything was earned there
             chains.of(source.place, source.place.escrow)
+            _ask(source, settings, wallet, call, failures)
         except TrainChainError as error:
             failures.append(Failure(source.url, error))
-            bad.add(source.url)
+            before = known.get(source.url)
+            if source.client is not None and before is not None and before != source.place:
+                sources[at] = Source(source.url, before, None)  # it was another one: what it said then still stands
+            else:
+                bad.add(source.url)
     found = []
     for job_id, source in _jobs(papers, sources, only, failures):
         name = str(source.earned.get(job_id, {}).get("name") or job_id[:12])

@@ -248,6 +248,21 @@ def test_one_bad_job_stops_no_other(town: Town, anna: Earner) -> None:
     assert collect.exit_code(done["failed"]) == 4
 
 
+def test_a_hub_that_now_names_another_chain_is_as_good_as_gone(
+    town: Town, anna: Earner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, amount = finished(town, anna)
+    anna.claim(dry_run=True)
+    town.give(anna.address, 0)
+    told = town.port.describe()
+    monkeypatch.setattr(town.port, "describe", lambda: {**told, "escrow": "0x" + "77" * 20})
+
+    done = anna.claim()
+
+    assert [failure["code"] for failure in done["failed"]] == ["chain.wrong"]
+    assert (int(done["claimed"]), anna.tokens) == (amount, amount)
+
+
 def test_a_halted_job_pays_by_voucher_and_after_the_window_nothing(town: Town, anna: Earner) -> None:
     jobs = [town.publish(rounds=1, shards=VESTING + 3) for _ in range(2)]
     amounts = [anna.earn(job, VESTING + 1) for job in jobs]
