@@ -276,6 +276,8 @@ def _voucher(
         return
     if not redeem and job.halted:
         redeem = "the owner has halted the job, so no settlement comes any more"
+    if not redeem and int(job.next_hub, 16):
+        redeem = f"the owner has named another hub, and this one's vouchers end {when(job.next_hub_at)}"
     if not redeem and now > job.deadline + job.grace // 2:
         redeem = f"half of the grace time is over, and it ends {when(job.closes_after)}"
     if not redeem:
