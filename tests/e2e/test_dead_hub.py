@@ -1,5 +1,7 @@
 """A hub that is gone for ever costs its workers what was vesting, and no more. Real processes, a chain by URL."""
 
+import csv
+import io
 import json
 import shutil
 import threading
@@ -9,6 +11,7 @@ from typing import Any
 from tests.e2e.conftest import Machine, write_recipe
 from trainchain.chain import escrow, wallet
 from trainchain.chain.devnet.node import Devnet
+from trainchain.core import money
 from trainchain.core.rewards import VESTING
 
 COIN = 10**18
@@ -89,3 +92,13 @@ def test_a_hub_that_dies_for_ever_costs_at_most_the_vesting_pay(machine: Machine
     assert {row["reason"] for row in told["shards"] if row["place"] == 4 and row["job"] == job} == {
         "vests after 1 more accepted shard, or when the job ends; by what lies on this disk: the hub does not answer"
     }
+    table = list(csv.DictReader(io.StringIO(machine.run("ada", "earnings", "--csv").stdout)))
+    assert [sum(money.parse(row[part]) for row in table) for part in ("accepted", "claimed")] == [
+        whole + sum(amounts),
+        whole + vested,
+    ]
+    screen = machine.run("ada", "earnings", "--by", "day").stdout.splitlines()
+    assert screen[-1].startswith("total accepted ") or screen[-2].startswith("total accepted ")
+    assert max(map(len, screen)) <= 80
+    mistyped = machine.run("ada", "claim", "--to", address[:-1] + "x")
+    assert (mistyped.returncode, mistyped.stdout) == (2, "")
