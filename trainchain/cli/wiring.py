@@ -104,15 +104,16 @@ def hub_client(settings: Settings, wallet: Wallet | None = None, *, attempts: in
     return HubClient(settings.hub, address=wallet.address, sign_in=sign, attempts=attempts or ATTEMPTS)
 
 
-def chain_of(client: HubClient) -> ChainClient:
-    """The chain a hub names, its id and the escrow's code checked before anything is believed or sent.
+def chain_of(client: HubClient, rpc: str | None = None) -> ChainClient:
+    """The chain a hub names, its id and the escrow's code checked before anything is believed or sent. With `rpc` it
+    is asked there, and not where the hub says.
 
     Raises `chain.wrong` where they are not what TrainChain ships.
     """
     from trainchain.chain import escrow
 
     told = client.info()["chain"]
-    chain = escrow.connect(urljoin(client.url + "/", str(told["rpc"])), escrow=told["escrow"])
+    chain = escrow.connect(rpc or urljoin(client.url + "/", str(told["rpc"])), escrow=told["escrow"])
     if chain.chain_id != told["chain_id"]:
         raise TrainChainError(
             "chain.wrong",
