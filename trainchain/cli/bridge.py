@@ -121,6 +121,7 @@ class HubChain:
             funded=found.funded - found.refunded,
             free=found.free,
             advances=found.settled - found.total,
+            round=found.round,
             pending_at=found.pending_at,
             halted=found.halted,
         )

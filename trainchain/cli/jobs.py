@@ -148,7 +148,7 @@ def describe(view: dict[str, Any]) -> str:
         lines.append(f"worker {address}  {worker['accepted']} accepted  {money.show(int(worker['reward']))} TRAIN")
     for row in view["settlements"]:
         lines.append(
-            f"settled round {row['round']}  total {money.show(int(row['total']))} TRAIN  tx {short(row['tx'])}"
+            f"settlement {row['round']}  total {money.show(int(row['total']))} TRAIN  tx {short(row['tx'])}"
         )
     if money_held := view.get("money"):
         lines.append(

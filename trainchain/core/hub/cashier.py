@@ -19,6 +19,9 @@ from trainchain.core.states import ENDED, Job, Round
 _COUNTED = func.coalesce(schema.contributions.c.merged_in, schema.contributions.c.round)
 """The round whose settlement pays a contribution."""
 _MOST = 2**128 - 1
+LOOK_SECONDS = 60.0
+"""Between two looks at the escrow of a job that nothing is due for."""
+LOOKED_AT = frozenset({Job.OPEN, Job.RUNNING, Job.SETTLED})
 SETTLING = frozenset(Job) - {Job.CLOSED}
 
 
@@ -30,6 +33,8 @@ def tick(hub: Hub) -> bool:
         rows = list(db.execute(query).mappings())
     for job in rows:
         moved = attempt(_settle, hub, job) or moved
+        if job["state"] in LOOKED_AT and hub.clock() >= hub.looked.get(job["id"], 0.0) + LOOK_SECONDS:
+            moved = attempt(_look_at_escrow, hub, job) or moved
         if job["state"] == Job.UNFUNDED and job["deadline"] is not None:
             moved = attempt(_look_for_money, hub, job) or moved
     if moved:
@@ -51,12 +56,13 @@ def earned(hub: Hub, job_id: str) -> tuple[list[Earned], set[tuple[int, int]]]:
 
 
 def _settle(hub: Hub, job: Row) -> bool:
-    if job["state"] == Job.SETTLED:
-        return _close(hub, job)
+    unsent = select(schema.settlements).where(schema.settlements.c.job == job["id"], schema.settlements.c.tx.is_(None))
     with hub.store.read() as db:
-        written = one(db, schema.settlements, job=job["id"], tx=None)
+        written = db.execute(unsent.order_by(schema.settlements.c.round).limit(1)).mappings().first()
     if written is not None:
         return _send(hub, job, written)
+    if job["state"] == Job.SETTLED:
+        return _close(hub, job)
     ended = vouchers.ended(hub, job)
     if ended:  # first: they need no chain
         vouchers.vest_all(hub, job["id"])
@@ -71,9 +77,12 @@ def _settle(hub: Hub, job: Row) -> bool:
         return False
     if escrow.halted or hub.clock() > escrow.deadline + escrow.grace:
         return _stopped(hub, job, escrow, ended=ended)
+    if _dropped(hub, job, escrow):
+        return True
     if hub.clock() < escrow.pending_at:
         return False
-    _count_advances(hub, job, escrow)
+    if _count_advances(hub, job, escrow):
+        escrow = hub.chain.job(job["id"]) or escrow
     terms = terms._replace(limit=min(escrow.round_cap, escrow.free))
     more = added(rows, settled, terms)
     if not more:
@@ -159,31 +168,66 @@ def _stopped(hub: Hub, job: Row, escrow: EscrowJob, *, ended: bool) -> bool:
     vouchers, which every worker has for all that it did once the job has ended."""
     if ended:
         return _settled(hub, job)
-    if job["state"] in ENDED or not escrow.halted:
+    return escrow.halted and _cancel(hub, job)
+
+
+def _cancel(hub: Hub, job: Row) -> bool:
+    if job["state"] in ENDED:
         return False
     with hub.store.write() as db:
         return move(db, schema.jobs, job, Job.CANCELLED, now=hub.clock(), data={"reason": "halted"})
 
 
+def _look_at_escrow(hub: Hub, job: Row) -> bool:
+    """A halted job ends here too, and one that was closed early has another deadline: the grace time runs, and what was
+    accepted must have vested while the escrow still pays."""
+    escrow = hub.chain.job(job["id"])
+    hub.looked[job["id"]] = hub.clock()
+    if escrow is None:
+        return False
+    if _dropped(hub, job, escrow):
+        return True
+    if job["state"] == Job.SETTLED:
+        return False
+    if escrow.halted:
+        return _cancel(hub, job)
+    if escrow.deadline < job["deadline"]:
+        with hub.store.write() as db:
+            fields = {"deadline": float(escrow.deadline)}
+            db.execute(update(schema.jobs).where(schema.jobs.c.id == job["id"]).values(**fields))
+        return True
+    return False
+
+
+def _dropped(hub: Hub, job: Row, escrow: EscrowJob) -> bool:
+    """Send again what the chain had and has no more: its last blocks can be replaced by others."""
+    table = schema.settlements
+    gone = (table.c.job == job["id"]) & (table.c.round > escrow.round) & table.c.tx.is_not(None)
+    with hub.store.write() as db:
+        found = db.execute(update(table).where(gone).values(tx=None)).rowcount > 0
+    if found:
+        log.warning("job %s: settlements after %d are no longer on chain; they are sent again", job["id"], escrow.round)
+    return found
+
+
 def _finish(hub: Hub, job: Row) -> bool:
     """Nothing is left to settle. What vouchers paid is counted first: until then it is reserved twice, and the owner
     could not have it back."""
-    with hub.store.read() as db:
-        last = one(db, schema.settlements, job=job["id"], round=job["settled_round"])
-    if last is not None:
-        escrow = hub.chain.job(job["id"])
-        if escrow is not None and hub.clock() < escrow.pending_at:
+    escrow = hub.chain.job(job["id"]) if job["settled_round"] else None
+    if escrow is not None and escrow.advances:
+        if hub.clock() < escrow.pending_at:
             return False
-        if escrow is not None:
-            _count_advances(hub, job, escrow)
+        _count_advances(hub, job, escrow)
     return _settled(hub, job)
 
 
-def _count_advances(hub: Hub, job: Row, escrow: EscrowJob) -> None:
+def _count_advances(hub: Hub, job: Row, escrow: EscrowJob) -> bool:
+    """Prove the leaves of those whom vouchers have paid; whether there was one to prove."""
     with hub.store.read() as db:
         last = one(db, schema.settlements, job=job["id"], round=job["settled_round"])
-    if escrow.advances and last is not None:
-        hub.chain.count_advances(job["id"], hub.objects.get(last["leaves"]))
+    if not escrow.advances or last is None:
+        return False
+    return hub.chain.count_advances(job["id"], hub.objects.get(last["leaves"])) is not None
 
 
 def _settled(hub: Hub, job: Row) -> bool:

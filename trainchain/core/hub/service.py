@@ -39,6 +39,8 @@ class EscrowJob:
     """What is neither settled nor given back."""
     advances: int
     """What vouchers paid and no leaf has counted yet: reserved twice."""
+    round: int
+    """The number of the last settlement."""
     pending_at: int
     """When the last root becomes active; no other is taken before."""
     halted: bool
@@ -131,6 +133,8 @@ class Hub:
     relay_lock: threading.Lock = field(default_factory=threading.Lock)
     relayed: dict[str, float] = field(default_factory=dict)
     """When the last claim of an account was sent."""
+    looked: dict[str, float] = field(default_factory=dict)
+    """When the escrow of a running job was last looked at."""
     bell: Bell = field(default_factory=Bell)
     _recipes: dict[str, ResolvedRecipe] = field(default_factory=dict)
     _shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
