@@ -69,7 +69,12 @@ class Notary:
 
     def job(self, job_id: str) -> EscrowJob:
         self._insist()
-        money = {"free": self.free(), "advances": sum(self.advanced.values()), "pending_at": 0, "round": max(self.settled, default=0)}
+        money = {
+            "free": self.free(),
+            "advances": sum(self.advanced.values()),
+            "pending_at": 0,
+            "round": max(self.settled, default=0),
+        }
         return EscrowJob(owner=OWNER, token=self.token, hub=self.address, halted=False, **money, **self.terms)
 
     def total(self) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trainchain.chain.records import JobOnChain
     from trainchain.core.client import HubClient
     from trainchain.core.history import Accepted, Chain, History, Receipt
-    from trainchain.core.ledger import Ledger
+    from trainchain.core.ledger import Ledger, Settled
     from trainchain.core.models import ResolvedRecipe
     from trainchain.core.recount import Finding, Leaves, Line
     from trainchain.core.rewards import Earned
@@ -188,10 +188,7 @@ def report(evidence: Evidence, say: Callable[[str], None]) -> dict[str, Any]:
         "chain": {"chain_id": evidence.chain.chain_id, "escrow": evidence.chain.escrow, "token": escrow.token},
         "hub": escrow.hub,
         "steps": [step.document() for step in steps],
-        "settlements": [
-            {"number": one.number, "root": one.root, "total": str(one.total), "leaves": one.data_hash, "tx": one.tx}
-            for one in evidence.ledger.settlements
-        ],
+        "settlements": [_settlement(one, evidence.files[one.number]) for one in evidence.ledger.settlements],
         "workers": [_shown(line) for line in lines],
     }
 
@@ -273,6 +270,12 @@ def _money(evidence: Evidence, rows: list[Earned], *, over: bool) -> tuple[list[
         for line in lines
     ]
     return lines, Step("money", says, found, [head, *shown] if lines else [])
+
+
+def _settlement(one: Settled, file: Leaves | None) -> dict[str, Any]:
+    chain = {"number": one.number, "root": one.root, "total": str(one.total), "leaves": one.data_hash, "tx": one.tx}
+    rule = {"ended": file.terms.ended, "limit": str(file.terms.limit)} if file else {"ended": None, "limit": None}
+    return {**chain, **rule}
 
 
 def _shown(line: Line) -> dict[str, Any]:

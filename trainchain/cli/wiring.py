@@ -113,11 +113,11 @@ def chain_of(client: HubClient, rpc: str | None = None) -> ChainClient:
     from trainchain.chain import escrow
 
     told = client.info()["chain"]
-    chain = escrow.connect(rpc or urljoin(client.url + "/", str(told["rpc"])), escrow=told["escrow"])
-    if chain.chain_id != told["chain_id"]:
+    chain = escrow.connect(rpc or urljoin(client.url + "/", str(told.get("rpc"))), escrow=str(told.get("escrow")))
+    if chain.chain_id != told.get("chain_id"):
         raise TrainChainError(
             "chain.wrong",
-            f"The hub names chain {told['chain_id']}, and its RPC answers for chain {chain.chain_id}.",
+            f"The hub names chain {told.get('chain_id')}, and its RPC answers for chain {chain.chain_id}.",
             hint="Do not send anything; tell the hub's operator.",
         )
     chain.check_code()

@@ -13,6 +13,7 @@ from tests.fixtures_hub import Job, Person, Town, new_wallet
 from trainchain.chain.settlement import leaves_file, proof_for, read_leaves, settle_leaves
 from trainchain.cli import verify as command
 from trainchain.cli.main import run_command
+from trainchain.core.client import HubClient
 from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import schema, views
@@ -154,6 +155,10 @@ def test_a_changed_amount_is_named(town: Town, desk: Desk, monkeypatch: pytest.M
     assert all("Settlement 1 owes" in text for _, text in said.findings)
     assert said.document["error"]["code"] == "verify.leaves"
     assert "(1 more)" in said.document["error"]["message"]
+    code, text = desk.read(job)
+    assert code == 4
+    assert [line.split()[0] for line in text.splitlines() if " FAILS " in line] == ["leaves"]
+    assert [line.split()[0] for line in text.splitlines() if " owes " in line] == ["verify.leaves"] * 2
 
 
 def test_a_worker_left_out_of_the_leaves_is_named(town: Town, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,12 +485,65 @@ def test_a_log_with_a_part_kept_back_is_named(town: Town, desk: Desk, monkeypatc
     assert any(code == "verify.chain" and "kept back" in text for code, text in said.findings)
 
 
-def test_errors_are_told_apart_from_bugs() -> None:
-    with pytest.raises(TrainChainError) as caught:
-        command._leaves(_Away(), 1, "0x" + "ab" * 32, read_leaves)  # type: ignore[arg-type]
-    assert caught.value.code == "hub.unreachable"
+SPOILED: list[dict[str, Any]] = [
+    {"topics": []},
+    {"topics": ["0x" + "12" * 32]},
+    {"data": "0x12"},
+    {"data": "no hex"},
+    {"data": None},
+    {"blockNumber": "x"},
+]
 
 
-class _Away:
-    def object(self, digest: str) -> bytes:
-        raise TrainChainError("hub.unreachable", digest)
+@pytest.mark.parametrize("change", SPOILED, ids=str)
+def test_a_log_that_is_none_is_refused(
+    town: Town, desk: Desk, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    job, logs = town.publish(), town._public.logs
+    monkeypatch.setattr(town._public, "logs", lambda *args: [{**log, **change} for log in logs(*args)])
+
+    said = desk.verify(job)
+
+    assert (said.code, said.document["error"]["code"]) == (1, "chain.wrong")
+
+
+def test_a_hub_that_goes_away_in_the_middle_is_no_fraud(
+    town: Town, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, anna = town.publish(rounds=1, shards=1), town.person()
+    work(job, anna)
+
+    def away(self: HubClient, digest: str, **_: Any) -> bytes:
+        raise TrainChainError("hub.unreachable", "The hub did not answer.")
+
+    monkeypatch.setattr(HubClient, "object", away)
+    said = desk.verify(job)
+
+    assert (said.code, said.document["error"]["code"]) == (3, "hub.unreachable")
+
+
+@pytest.mark.parametrize(
+    "change", [{"escrow": 5}, {"escrow": "0x" + "12" * 20}, {"chain_id": 1}, {"chain_id": []}], ids=str
+)
+def test_another_chain_or_escrow_than_named_is_refused(
+    town: Town, desk: Desk, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    job, told = town.publish(), town.port.describe()
+    monkeypatch.setattr(town.port, "describe", lambda: {**told, **change})
+
+    said = desk.verify(job)
+
+    assert (said.code, said.document["error"]["code"]) == (1, "chain.wrong")
+
+
+@pytest.mark.parametrize("name", ["rpc", "chain_id", "escrow", "hub", "embedded"])
+def test_a_hub_that_does_not_name_its_chain_is_refused(
+    town: Town, desk: Desk, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    job, told = town.publish(), town.port.describe()
+    monkeypatch.setattr(town.port, "describe", lambda: {key: value for key, value in told.items() if key != name})
+
+    said = desk.verify(job)
+
+    assert said.code == 1
+    assert said.document["error"]["code"] in ("chain.wrong", "hub.not_a_hub")
