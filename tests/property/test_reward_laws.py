@@ -5,9 +5,11 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainchain.core.recount import Leaves, OnChain, leaves, roots
 from trainchain.core.rewards import VESTING, Earned, Terms, added, recount, totals, vested
 
 WORKERS = ["0x" + letter * 40 for letter in "aBc"]
+JOB = "0x" + "7f" * 32
 WITHOUT = 2**128 - 1
 
 
@@ -151,3 +153,64 @@ def test_one_worker_s_pay_hangs_on_no_other_s_where_nothing_is_limited(
     alone = [row for row in rows if row.worker == worker]
 
     assert [one.get(worker, 0) for one in recount(rows, free)] == [one.get(worker, 0) for one in recount(alone, free)]
+
+
+def posted(rows: list[Earned], terms: list[Terms]) -> dict[int, Leaves | None]:
+    """The leaves files of an honest hub; a settlement that would owe nobody anything is not made."""
+    files = {}
+    for one, amounts in zip(terms, recount(rows, terms), strict=True):
+        if amounts:
+            files[one.number] = Leaves(JOB, one, f"root {one.number}", sum(amounts.values()), amounts)
+    return dict(files)
+
+
+@given(settled())
+def test_an_honest_hub_is_never_accused(given_: tuple[list[Earned], list[Terms]]) -> None:
+    rows, terms = given_
+    files = posted(rows, terms)
+    chain = [OnChain(number, file.root, file.total) for number, file in files.items() if file]
+
+    assert leaves(JOB, rows, files) == []
+    assert roots(chain, files, cap=max((one.limit for one in terms), default=0)) == []
+    for number in files:
+        assert leaves(JOB, rows, {**files, number: None}) == []
+
+
+@given(settled(), st.data())
+def test_any_one_amount_that_is_changed_is_found_and_named(
+    given_: tuple[list[Earned], list[Terms]], data: st.DataObject
+) -> None:
+    rows, terms = given_
+    files = posted(rows, terms)
+    if not files:
+        return
+    number = data.draw(st.sampled_from(sorted(files)))
+    file = files[number]
+    assert file is not None
+    account = data.draw(st.sampled_from([*sorted(file.amounts), "0x" + "d" * 40]))
+    amounts = {**file.amounts, account: data.draw(st.integers(0, 10**6))}
+    if amounts[account] == file.amounts.get(account, 0):
+        return
+    doctored = file._replace(amounts={who: amount for who, amount in amounts.items() if amount})
+
+    (finding,) = leaves(JOB, rows, {**files, number: doctored})
+
+    assert f"Settlement {number} " in finding.says
+    assert account in finding.says
+
+
+@given(settled(), st.data(), st.integers(1, 10**30))
+def test_any_total_that_is_not_the_leaves_is_found(
+    given_: tuple[list[Earned], list[Terms]], data: st.DataObject, more: int
+) -> None:
+    rows, terms = given_
+    files = posted(rows, terms)
+    if not files:
+        return
+    chain = [OnChain(number, file.root, file.total) for number, file in files.items() if file]
+    place = data.draw(st.integers(0, len(chain) - 1))
+    inflated = [*chain[:place], chain[place]._replace(total=chain[place].total + more), *chain[place + 1 :]]
+
+    found = roots(inflated, files)
+
+    assert any(f"Settlement {chain[place].number} has the total" in finding.says for finding in found)

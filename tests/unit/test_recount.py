@@ -9,7 +9,7 @@ import pytest
 from tests.fixtures_card import CHAIN, HUB, JOB, OWNER, a_job, told
 from trainchain.core.errors import TrainChainError
 from trainchain.core.history import Accepted, Chain, History, parse
-from trainchain.core.ledger import Ledger, ledger
+from trainchain.core.ledger import Ledger, Settled, ledger
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.recount import (
     CHAIN as ON_CHAIN,
@@ -25,6 +25,7 @@ from trainchain.core.recount import (
     Sums,
     earned,
     leaves,
+    listed,
     money,
     promised,
     roots,
@@ -129,6 +130,16 @@ def test_a_receipt_counts_that_the_hub_of_then_signed() -> None:
     assert recounted([old], hubs={OWNER.lower()})[1] == []
     (finding,) = recounted([old])[1]
     assert finding.says.endswith(f"is signed by {OWNER}, not by the job's hub {HUB}.")
+
+
+def test_a_worker_s_name_is_the_one_that_it_signs_with() -> None:
+    loud = "0x" + "A" * 40
+    rows, found = recounted([row(1, 0, loud, 1, signature=ANNA), row(1, 1, ANNA, 2)])
+
+    assert found == []
+    assert {one.worker for one in rows} == {ANNA}
+    again = view([row(1, 0, ANNA, 1), row(1, 1, ANNA, 2)])
+    assert verdicts(again, [row(1, 0, loud, 1), row(1, 1, ANNA, 2)], again) == []
 
 
 def test_a_late_contribution_counts_with_the_next_round_and_the_last_with_its_own() -> None:
@@ -365,6 +376,20 @@ def test_roots_and_totals_are_those_of_the_leaves() -> None:
     assert roots(chain, files, cap=max(chain[0].total, *steps)) == []
     assert "Settlement 7 raises the total by" in roots(chain, files, cap=max(chain[0].total, *steps) - 1)[0].says
     assert "Settlement 5 lowers the total" in roots([chain[1]._replace(total=1), chain[0]], {})[0].says
+
+
+def test_the_hub_s_list_of_settlements_is_the_chain_s() -> None:
+    hub = told(RECIPE).settlements
+    chain = [Settled(one.round, one.root, one.total, "0x" + one.leaves, one.tx, 0) for one in hub]
+
+    assert listed(hub, chain) == []
+    assert listed(hub, chain[:1]) == []
+    for change in ({"root": JOB}, {"total": 1}, {"leaves": "0" * 64}):
+        (finding,) = listed([hub[0].model_copy(update=change)], chain)
+        assert finding.code == ROOT
+        assert finding.says.endswith("; on chain there is another one of that number.")
+    (gap,) = listed(hub, chain[1:])
+    assert gap.says.endswith("; on chain there is none of that number.")
 
 
 class Entry:

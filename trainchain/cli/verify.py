@@ -246,11 +246,12 @@ def _leaves_step(evidence: Evidence, rows: list[Earned], *, over: bool) -> Step:
 
 
 def _roots(evidence: Evidence) -> Step:
-    from trainchain.core.recount import OnChain, roots
+    from trainchain.core.recount import OnChain, listed, roots
 
     settled = [OnChain(one.number, one.root, one.total) for one in evidence.ledger.settlements]
     says = f"{len(settled)} on chain, {show(evidence.ledger.total)} TRAIN settled by the last"
-    return Step("roots", says, roots(settled, evidence.files, cap=evidence.escrow.round_cap))
+    found = roots(settled, evidence.files, cap=evidence.escrow.round_cap)
+    return Step("roots", says, found + listed(evidence.after.settlements, evidence.ledger.settlements))
 
 
 def _money(evidence: Evidence, rows: list[Earned], *, over: bool) -> tuple[list[Line], Step]:

@@ -9,8 +9,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from trainchain.core.errors import TrainChainError
-from trainchain.core.history import Accepted, Chain, History, Receipt
-from trainchain.core.ledger import Ledger
+from trainchain.core.history import Accepted, Chain, History, Receipt, ToldSettlement
+from trainchain.core.ledger import Ledger, Settled
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.money import show
 from trainchain.core.rewards import Earned, Terms, recount, shard_reward, totals, vested
@@ -211,6 +211,19 @@ def roots(settled: Iterable[OnChain], files: Mapping[int, Leaves | None], *, cap
             )
         last = total
     return [Finding(ROOT, says) for says in found]
+
+
+def listed(told: Iterable[ToldSettlement], settled: Iterable[Settled]) -> list[Finding]:
+    """Whether the settlements that a hub tells of stand on chain as it tells them. One that is newer than what was read
+    of the chain is passed over."""
+    chain = {one.number: (one.root, one.total, one.data_hash.removeprefix("0x")) for one in settled}
+    found = []
+    for row in told:
+        if row.round <= max(chain, default=0) and chain.get(row.round) != (row.root, row.total, row.leaves):
+            there = "another one" if row.round in chain else "none"
+            says = f"The hub tells of settlement {row.round} with the root {row.root} and the total {show(row.total)}"
+            found.append(Finding(ROOT, f"{says}; on chain there is {there} of that number."))
+    return found
 
 
 def table(rows: Sequence[Earned], last: Leaves | None, paid: Mapping[str, int], *, over: bool) -> list[Line]:
