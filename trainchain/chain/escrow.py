@@ -218,7 +218,7 @@ class ChainClient(TokenClient):
         return self._send(wallet, call)
 
     def propose_hub(self, wallet: Wallet, job_id: str, hub: str) -> str:
-        """Name another hub; it takes over after the job's activation delay."""
+        """Name another hub; it takes over after the job's grace time."""
         call = self._contract().functions.proposeHub(bytes32(job_id), checksum(hub))
         return self._send(wallet, call)
 
