@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, update
 
-from tests.fixtures_hub import Job, Person, Town, new_wallet
+from tests.fixtures_hub import Job, Person, Town, job_files, new_wallet, recipe
 from trainchain.chain.settlement import leaves_file, proof_for, read_leaves, settle_leaves
 from trainchain.cli import verify as command
 from trainchain.cli.main import run_command
@@ -18,7 +18,7 @@ from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import schema, views
 from trainchain.core.hub.service import Settlement
-from trainchain.core.rewards import Terms
+from trainchain.core.rewards import Terms, job_price
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,41 @@ def test_an_honest_job_holds_while_it_runs_and_at_its_end(town: Town, desk: Desk
     assert 0 < int(workers[anna.address]["paid"]) < int(workers[anna.address]["settled"])
     vesting = {line["account"]: line for line in running.document["workers"]}[anna.address]
     assert int(vesting["settled"]) <= int(vesting["vested"]) < int(vesting["accepted"])
+
+
+def redeem(town: Town, job: Job, worker: Person) -> None:
+    """Take what the worker's newest voucher promises, where it promises more than was paid."""
+    voucher = worker.get(f"/v1/jobs/{job.id}/voucher").raise_for_status().json()["voucher"]
+    if voucher is not None:
+        amount, signature = int(voucher["cumulative"]), voucher["signature"]
+        town.chain.redeem_voucher(town.rich, job.id, worker.address, amount, signature)
+
+
+def test_vouchers_and_a_budget_without_a_rest_accuse_nobody(town: Town, desk: Desk) -> None:
+    """What vouchers took is reserved twice for a while, so settlements are limited by what is free."""
+    files, anna, ben = job_files(), town.person(), town.person()
+    made = recipe(files, rounds=4, shards=6)
+    made = made.model_copy(update={"pay": made.pay.model_copy(update={"budget": job_price(made)})})
+    job = town.open(made, files, town.owner)
+
+    said = []
+    for shards in (13, 5, 4):
+        work(job, anna, anna, ben, shards=shards)
+        redeem(town, job, anna)
+        said.append(desk.verify(job))
+    work(job, anna, anna, ben)
+    said.append(desk.verify(job))
+    claim(town, job, anna)
+    claim(town, job, ben)
+    said.append(desk.verify(job))
+
+    assert [one.code for one in said] == [0] * 5, [one.err for one in said]
+    limits = [int(one["limit"]) for one in said[-1].document["settlements"]]
+    assert min(limits) < town.chain.job(job.id).round_cap
+    _, text = desk.read(job)
+    assert "below the round cap of" in text
+    for line in said[-1].document["workers"]:
+        assert line["paid"] == line["accepted"] != "0"
 
 
 def test_each_step_is_a_line_and_every_worker_too(town: Town, desk: Desk) -> None:
