@@ -293,9 +293,10 @@ def test_a_total_that_its_leaves_do_not_reach_is_named(town: Town, desk: Desk, m
     said = desk.verify(job)
 
     assert said.code == 4
-    assert [code for code, _ in said.findings] == ["verify.root"]
+    assert [code for code, _ in said.findings] == ["verify.root", "verify.root"]
     assert "Settlement 1 has the total" in said.findings[0][1]
     assert "0.000000000000000007 belong to nobody" in said.findings[0][1]
+    assert said.findings[1][1].startswith("The hub tells of settlement 1 with the root")
 
 
 def test_a_root_of_other_leaves_is_named(town: Town, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,8 +312,9 @@ def test_a_root_of_other_leaves_is_named(town: Town, desk: Desk, monkeypatch: py
     said = desk.verify(job)
 
     assert said.code == 4
-    assert [code for code, _ in said.findings] == ["verify.root"]
+    assert [code for code, _ in said.findings] == ["verify.root", "verify.root"]
     assert "Settlement 1 has the root" in said.findings[0][1]
+    assert said.findings[1][1].startswith("The hub tells of settlement 1 with the root")
 
 
 def test_a_doctored_leaves_file_is_named_and_so_is_one_that_is_gone(town: Town, desk: Desk) -> None:
