@@ -106,13 +106,14 @@ def hub_client(settings: Settings, wallet: Wallet | None = None, *, attempts: in
     return HubClient(settings.hub, address=wallet.address, sign_in=sign, attempts=attempts or ATTEMPTS)
 
 
-def chain_of(client: HubClient) -> ChainClient:
-    """The chain a hub names, its id and the escrow's code checked before anything is believed or sent.
+def chain_of(client: HubClient, rpc: str | None = None) -> ChainClient:
+    """The chain a hub names, its id and the escrow's code checked before anything is believed or sent. With `rpc` it
+    is asked there, and not where the hub says.
 
     Raises `chain.wrong` where they are not what TrainChain ships.
     """
     place = place_of(client)
-    return chain_at(place.rpc, place.chain_id, place.escrow)
+    return chain_at(rpc or place.rpc, place.chain_id, place.escrow)
 
 
 def chain_at(rpc: str, chain_id: int, escrow: str) -> ChainClient:
