@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from eth_abi.exceptions import DecodingError
 from web3 import Web3
 from web3.exceptions import (
     BadFunctionCallOutput,
@@ -81,6 +82,7 @@ class Sender:
         if not journal.find(_purpose(call, value)):
             return None
         with telling(), journal.turn(self._patience):
+            self._same_chain()
             return self._found(journal, wallet.address, _purpose(call, value))[0]
 
     def _send(self, wallet: Wallet, purpose: str, build: Build, estimate: Callable[[], int], value: int) -> Any:
@@ -210,7 +212,7 @@ class Sender:
     def _receipt(self, tx_hash: str) -> Any:
         try:
             return self._w3.eth.get_transaction_receipt(tx_hash)
-        except TransactionNotFound:
+        except (TransactionNotFound, Web3RPCError):  # some nodes refuse to look before they have their index
             return None
 
     def _same_chain(self) -> None:
@@ -258,7 +260,7 @@ def telling() -> Iterator[None]:
         if "insufficient funds" in str(problem).lower():
             raise _no_funds() from None
         raise TrainChainError("chain.reverted", f"The chain refused: {_words(problem)}.") from None
-    except Web3Exception as problem:
+    except (Web3Exception, DecodingError) as problem:
         raise TrainChainError("chain.wrong", f"The chain answered strangely: {_words(problem)}.") from None
 
 
@@ -298,7 +300,7 @@ def _told(*parts: Any) -> str:
     return to_hex(keccak(repr(parts).encode()))
 
 
-def _words(problem: Web3Exception) -> str:
+def _words(problem: Exception) -> str:
     response = getattr(problem, "rpc_response", None) or {}
     error = response.get("error") if isinstance(response, dict) else None
     text = error.get("message") if isinstance(error, dict) else None

@@ -46,12 +46,14 @@ def import_(
     home: Home = None,
     json_: Json = False,
 ) -> None:
-    """Take over a key: a version 3 keystore of any program, or 64 hex digits. A keystore's password is kept.
+    """Take over a key of another program.
+
+    It may be a version 3 keystore, whose password is kept, or 64 hex digits.
 
     \b
     Examples:
       trainchain wallet import ~/.foundry/keystores/worker
-      TRAINCHAIN_PASSWORD_FILE=~/.password trainchain wallet import UTC--2026-01-01--key.json
+      TRAINCHAIN_PASSWORD_FILE=~/.pw trainchain wallet import UTC--key.json
       trainchain wallet import - < key.txt
     """
     from trainchain.chain import wallet
@@ -100,14 +102,15 @@ def backup(
     home: Home = None,
     json_: Json = False,
 ) -> None:
-    """Write a copy of the wallet that opens with a password, here or in another program (`wallet import`).
+    """Write a copy that opens with a password.
 
-    The password is the wallet's own where you know it, else what TRAINCHAIN_PASSWORD_FILE holds, else what is typed.
+    `wallet import` and other programs read it. The password is the wallet's own
+    where you know it, else what TRAINCHAIN_PASSWORD_FILE holds, else what is typed.
 
     \b
     Examples:
       trainchain wallet backup /media/usb/trainchain-wallet.json
-      TRAINCHAIN_PASSWORD_FILE=~/.backup-password trainchain wallet backup wallet-backup.json
+      TRAINCHAIN_PASSWORD_FILE=~/.pw trainchain wallet backup copy.json
     """
     from trainchain.chain import wallet
     from trainchain.core.errors import TrainChainError

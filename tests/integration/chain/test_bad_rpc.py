@@ -271,6 +271,75 @@ def test_a_chain_that_becomes_another_gets_nothing(line):
     assert line.sent() == 0
 
 
+def test_a_node_that_cannot_look_yet_is_asked_again(line):
+    refusals = iter(["transaction indexing is in progress", "limit exceeded"])
+
+    def not_yet(request, really):
+        words = next(refusals, None)
+        if words:
+            raise Refusal(words)
+        return really()
+
+    line.proxy.tricks[RECEIPT] = not_yet
+    line.open().transfer_gas(line.wallet, HEAP, 5)
+    assert (line.heap(), line.sent(), line.noted()) == (5, 1, [])
+    assert line.naps[-2:] == [0.05, 0.1]
+
+
+def test_another_chain_in_between_makes_nobody_forget(line):
+    client = line.open()
+    token = World(client, line.rich, None).token
+    client.transfer_token(line.rich, token, line.wallet.address, 100)
+    line.proxy.dies_with(RECEIPT, forwarded=False)
+    problem = code_of(client.transfer_token, line.wallet, token, HEAP, 100)
+    line.proxy.heal()
+    line.proxy.tricks["eth_chainId"] = lambda request, really: "0x1"
+    line.proxy.tricks[COUNT] = lambda request, really: "0x99"
+    assert code_of(client.transfer_token, line.again(), token, HEAP, 100).code == "chain.wrong"
+    line.proxy.heal()
+    assert client.transfer_token(line.again(), token, HEAP, 100) == problem.facts["tx"]
+    assert client.token_balance(token, HEAP) == 100
+
+
+def test_what_a_contract_cannot_have_said_is_refused(line):
+    client = line.open()
+    world = World(client, line.rich, None)
+    job_id = world.job()
+    world.settle(job_id, 1, {world.anna: 5})
+    asked = (
+        lambda: client.job(job_id),
+        lambda: client.token_balance(world.token, HEAP),
+        lambda: client.claimed_of(job_id, HEAP),
+        lambda: client.job_id(HEAP, "0x" + "22" * 32),
+        lambda: client.settle(world.hub, job_id, 2, "0x" + "33" * 32, 9, "0x" + "44" * 32),
+    )
+    for answer in ("0x", "0x" + "ff" * 7, "0xfg", None, {}):
+        line.proxy.tricks["eth_call"] = lambda request, really, answer=answer: answer
+        assert [code_of(one).code for one in asked] == ["chain.wrong"] * 5
+    # A word of ones is a number, if a strange one, and no job.
+    line.proxy.tricks["eth_call"] = lambda request, really: "0x" + "ff" * 32 * 40
+    assert [code_of(one).code for one in (asked[0], asked[-1])] == ["chain.wrong"] * 2
+    line.proxy.heal()
+    settled = client.settlements(job_id)
+    assert len(settled) == 1
+
+    def log(**changes):
+        def lying(request, really):
+            return [{**one, **changes} for one in really()]
+
+        return lying
+
+    for lie in (
+        log(data="0x"), log(data="0x" + "ff" * 999), log(topics=[]), log(topics=["0x" + "00" * 32]), log(logIndex=1),
+        log(address=None), log(transactionHash="0x1"), lambda request, really: 5, lambda request, really: [[]],
+    ):  # fmt: skip
+        line.proxy.tricks["eth_getLogs"] = lie
+        problem = code_of(client.settlements, job_id)
+        assert problem.code == "chain.wrong"
+    line.proxy.heal()
+    assert client.settlements(job_id) == settled
+
+
 def test_the_receipt_of_another_transaction_is_not_taken(line):
     client = line.open()
     other = client.transfer_gas(line.wallet, HEAP, 1)
