@@ -180,16 +180,18 @@ class ChainClient(TokenClient):
         """Have many leaves paid in one transaction, each to its account; one that cannot be paid counts 0."""
         if not items:
             return None, []
-        packed = [
-            (bytes32(one.job_id), checksum(one.account), one.cumulative, [bytes32(node) for node in one.proof])
-            for one in items
-        ]
+        packed = _items(items)
         receipt = self._sender.send(wallet, self._contract().functions.claimMany(packed))
         paid = {
             (bytes(log["jobId"]), log["account"], log["cumulative"]): int(log["amount"])
             for log in self._events(receipt, "Claimed")
         }
         return hash_of(receipt), [paid.pop(item[:3], 0) for item in packed]
+
+    def would_pay(self, items: Sequence[ClaimItem]) -> list[int]:
+        """What each item of `claim_many` would be paid at this moment; nothing is sent."""
+        with telling():
+            return [int(amount) for amount in self._contract().functions.claimMany(_items(items)).call()]
 
     def claim_to(self, wallet: Wallet, message: dict[str, Any], proof: Sequence[str], signature: str) -> Paid:
         """Have a leaf paid to another address. `message` is the ClaimTo that the account signed."""
@@ -218,7 +220,7 @@ class ChainClient(TokenClient):
         return self._send(wallet, call)
 
     def propose_hub(self, wallet: Wallet, job_id: str, hub: str) -> str:
-        """Name another hub; it takes over after the job's activation delay."""
+        """Name another hub; it takes over after the job's grace time."""
         call = self._contract().functions.proposeHub(bytes32(job_id), checksum(hub))
         return self._send(wallet, call)
 
@@ -270,6 +272,13 @@ class ChainClient(TokenClient):
 
     def _paid(self, receipt: Any, event: str) -> Paid:
         return Paid(hash_of(receipt), sum(args["amount"] for args in self._events(receipt, event)))
+
+
+def _items(items: Sequence[ClaimItem]) -> list[tuple[bytes, str, int, list[bytes]]]:
+    return [
+        (bytes32(one.job_id), checksum(one.account), one.cumulative, [bytes32(node) for node in one.proof])
+        for one in items
+    ]
 
 
 def _place(deployer: str, nonce: int) -> str:
