@@ -10,8 +10,8 @@ import json
 import re
 import time
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urljoin
 
+from trainchain.cli.hubs import place_of
 from trainchain.cli.output import Output, may_ask
 from trainchain.core.errors import TrainChainError
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from trainchain.core.client import HubClient
     from trainchain.core.seal import ExchangeKey
     from trainchain.core.settings import Settings
+    from trainchain.core.worker.dues import Look
+    from trainchain.core.worker.paybook import Paybook, Signed
 
 
 def open_wallet(settings: Settings, out: Output) -> Wallet:
@@ -110,14 +112,19 @@ def chain_of(client: HubClient, rpc: str | None = None) -> ChainClient:
 
     Raises `chain.wrong` where they are not what TrainChain ships.
     """
-    from trainchain.chain import escrow
+    place = place_of(client)
+    return chain_at(rpc or place.rpc, place.chain_id, place.escrow)
 
-    told = client.info()["chain"]
-    chain = escrow.connect(rpc or urljoin(client.url + "/", str(told.get("rpc"))), escrow=str(told.get("escrow")))
-    if chain.chain_id != told.get("chain_id"):
+
+def chain_at(rpc: str, chain_id: int, escrow: str) -> ChainClient:
+    """The chain behind an RPC, where it is the one that it should be; see `chain_of`."""
+    from trainchain.chain import escrow as contract
+
+    chain = contract.connect(rpc, escrow=escrow)
+    if chain.chain_id != chain_id:
         raise TrainChainError(
             "chain.wrong",
-            f"The hub names chain {told.get('chain_id')}, and its RPC answers for chain {chain.chain_id}.",
+            f"The hub names chain {chain_id}, and its RPC answers for chain {chain.chain_id}.",
             hint="Do not send anything; tell the hub's operator.",
         )
     chain.check_code()
@@ -156,17 +163,41 @@ def exchange_of(settings: Settings, wallet: Wallet, chain: ChainClient) -> tuple
     return key, eip712.sign(chain.domain, "ExchangeKey", message, wallet)
 
 
-def receipt_checker(chain: ChainClient, hub: str) -> Any:
-    """A function that tells whether a receipt's fields are signed by the hub that the escrow pays through."""
+def promise_checker(chain: ChainClient, hub: str) -> Signed:
+    """A function that tells whether a receipt or voucher is signed by the hub that the escrow pays through."""
     from trainchain.chain import eip712
 
-    def check(fields: Mapping[str, Any], signature: str) -> bool:
+    def check(kind: str, fields: Mapping[str, Any], signature: str) -> bool:
         try:
-            return eip712.recover(chain.domain, "Receipt", fields, signature).lower() == hub.lower()
+            return eip712.recover(chain.domain, kind, fields, signature).lower() == hub.lower()
         except TrainChainError:
             return False
 
     return check
+
+
+def paybook_of(settings: Settings, wallet: Wallet, chain: ChainClient, hub: str) -> Paybook:
+    """Where this home's wallet keeps what a hub signs for it."""
+    from trainchain.core.worker.paybook import Paybook, Ties
+
+    ties = Ties(chain.chain_id, chain.escrow, hub)
+    return Paybook(settings.home, wallet.address, ties, promise_checker(chain, hub))
+
+
+def onlooker(settings: Settings, wallet: Wallet, chain: ChainClient, client: HubClient) -> Look:
+    """A function that tells how this wallet stands in a job; on its way it copies new settlements onto this disk."""
+    from trainchain.chain.collecting import Mirror
+    from trainchain.core.worker.dues import Standing
+
+    mirror = Mirror(settings.home / "leaves")
+
+    def look(job: str, *, fresh: bool) -> Standing:
+        if not fresh:
+            return Standing(mirror.leaf(job, wallet.address), 0)
+        mirror.update(chain, job, wallet.address, client.object)
+        return Standing(mirror.leaf(job, wallet.address), chain.claimed_of(job, wallet.address))
+
+    return look
 
 
 def job_checker(chain: ChainClient, told: Mapping[str, Any], now: Callable[[], float] = time.time) -> Any:

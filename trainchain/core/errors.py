@@ -120,6 +120,8 @@ CODES: dict[str, Reason] = {
     "delta.not_finite": Reason(422, 1, "The delta holds NaN or infinity."),
     "delta.out_of_reach": Reason(422, 1, "An element moved further than the optimizer can move it in the shard."),
     "receipt.invalid": Reason(502, 4, "The hub's receipt is not signed by it, or promises another amount."),
+    "voucher.invalid": Reason(502, 4, "The hub's voucher is not signed by it, or promises less than has vested."),
+    "worker.unsettled": Reason(402, 6, "A hub owes more that has vested, and is not settled, than the worker allows."),
     # private jobs
     "access.denied": Reason(403, 1, "The job does not admit this wallet."),
     "access.not_your_hub": Reason(

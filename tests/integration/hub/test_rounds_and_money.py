@@ -13,6 +13,7 @@ from tests.fixtures_merge import PLAIN_MERGE
 from trainchain.chain.escrow import ChainClient
 from trainchain.chain.settlement import check_against_chain, proof_for, read_leaves
 from trainchain.cli import collect, delivery, wiring
+from trainchain.cli.output import Output
 from trainchain.core.adapter import adapter_bytes, read_adapter
 from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
@@ -34,13 +35,14 @@ def finish(job: Job, *workers: Person) -> None:
 
 def claim(person: Person, home: Path, **options: Any) -> dict[str, Any]:
     """What `trainchain claim` does, over HTTP to the hub and to its chain."""
-    client = person.client()
-    try:
-        chain = wiring.chain_of(client)
-        jobs = collect.known_jobs(client, person.settings(home))
-        return collect.claim_all(client, chain, person.wallet, jobs, now=person.town.clock, **options)
-    finally:
-        client.close()
+    return collect.claim_all(
+        person.settings(home),
+        Output(json_mode=True),
+        now=person.town.clock,
+        wallet=person.wallet,
+        dial=lambda _, __: person.client(),
+        **options,
+    )
 
 
 def reclaim(job: Job) -> dict[str, Any]:

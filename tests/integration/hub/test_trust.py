@@ -87,12 +87,12 @@ def test_a_receipt_by_anybody_but_the_hub_does_not_pass(town: Town, anna: Person
     anna.upload(lease, delta).raise_for_status()
     receipt = anna.hand_in(lease, anna.signed(anna.message(lease, delta))).json()
     fields = {key: receipt[key] for key in ("jobId", "round", "shard", "lease", "worker", "deltaHash", "place")}
-    check = wiring.receipt_checker(town.chain, town.keys.address)
+    check = wiring.promise_checker(town.chain, town.keys.address)
 
-    assert check({**fields, "amount": int(receipt["amount"])}, receipt["signature"])
-    assert not check({**fields, "amount": int(receipt["amount"]) + 1}, receipt["signature"])
+    assert check("Receipt", {**fields, "amount": int(receipt["amount"])}, receipt["signature"])
+    assert not check("Receipt", {**fields, "amount": int(receipt["amount"]) + 1}, receipt["signature"])
     forged = eip712.sign(town.chain.domain, "Receipt", {**fields, "amount": int(receipt["amount"])}, anna.wallet)
-    assert not check({**fields, "amount": int(receipt["amount"])}, forged)
+    assert not check("Receipt", {**fields, "amount": int(receipt["amount"])}, forged)
 
 
 def test_a_wallet_holds_so_many_leases_and_no_more(town: Town, anna: Person, ben: Person) -> None:
