@@ -10,6 +10,7 @@ from urllib.parse import urljoin
 
 from filelock import FileLock
 
+from trainchain.core.errors import TrainChainError
 from trainchain.core.settings import DEFAULT_HUB, private_folder, write_private
 
 if TYPE_CHECKING:
@@ -31,8 +32,9 @@ class Place:
 def place_of(client: HubClient) -> Place:
     """What a hub says now."""
     told = client.info()["chain"]
-    rpc = urljoin(client.url + "/", str(told["rpc"]))
-    return Place(rpc, told["chain_id"], told["escrow"], told["token"], told["hub"])
+    rpc = urljoin(client.url + "/", str(told.get("rpc")))
+    names = ("escrow", "token", "hub")
+    return Place(rpc, told.get("chain_id"), *(str(told.get(name)) for name in names))
 
 
 def known(settings: Settings) -> dict[str, Place]:
