@@ -10,7 +10,6 @@ from urllib.parse import urljoin
 
 from filelock import FileLock
 
-from trainchain.core.errors import TrainChainError
 from trainchain.core.settings import DEFAULT_HUB, private_folder, write_private
 
 if TYPE_CHECKING:
