@@ -4,6 +4,7 @@ leaves that follow from the rewards, roots and totals, and what the chain has pa
 Pure functions. Each tells all that does not hold, as findings, so that whoever recounts sees more than the first.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -230,11 +231,12 @@ def table(rows: Sequence[Earned], last: Leaves | None, paid: Mapping[str, int], 
     """Every account that earned, is owed or was paid something, in the order of addresses."""
     everything = Terms(max((row.counted for row in rows), default=0), over, 0)
     ripe, whole = totals(vested(rows, everything)), totals(rows)
+    shards = Counter(row.worker for row in rows)
     owed = last.amounts if last else {}
     return [
         Line(
             account,
-            sum(row.worker == account for row in rows),
+            shards[account],
             whole.get(account, 0),
             ripe.get(account, 0),
             owed.get(account, 0),
