@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from tests.fixtures_card import CHAIN, HUB, JOB, OWNER, a_job, told
+from trainchain.core.balance import Balance, Settled, balance
 from trainchain.core.errors import TrainChainError
 from trainchain.core.history import Accepted, Chain, History, parse
-from trainchain.core.ledger import Ledger, Settled, ledger
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.recount import (
     CHAIN as ON_CHAIN,
@@ -413,7 +413,7 @@ LOG = [
 
 
 def test_the_log_adds_up_to_what_the_escrow_says() -> None:
-    found = ledger(LOG)
+    found = balance(LOG)
 
     assert (found.funded, found.refunded, found.total, found.advances, found.claimed) == (1500, 70, 400, 30, 210)
     assert found.settled == 430
@@ -424,7 +424,7 @@ def test_the_log_adds_up_to_what_the_escrow_says() -> None:
 
 def test_nobody_is_paid_more_than_had_vested_for_it() -> None:
     rows = [Earned(1, shard, ANNA, shard + 1, 100, 1) for shard in range(11)] + [Earned(1, 20, BEN, 1, 50, 1)]
-    held = ledger(LOG)
+    held = balance(LOG)
     state = Sums(1500, 70, 400, 210)
 
     going = table(rows, None, held.paid, over=False)
@@ -441,7 +441,7 @@ def test_nobody_is_paid_more_than_had_vested_for_it() -> None:
 
 
 def test_sums_of_the_escrow_that_cannot_be_are_named() -> None:
-    empty = Ledger(100, 0, 40, 0, {ANNA: 41}, [], [])
+    empty = Balance(100, 0, 40, 0, {ANNA: 41}, [], [])
 
     (more,) = money([], empty, Sums(100, 0, 40, 41))
     assert more.says.startswith("The escrow has paid 0.000000000000000041 of 0.00000000000000004 settled")

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trainchain.chain.records import JobOnChain
+    from trainchain.core.balance import Balance, Settled
     from trainchain.core.client import HubClient
     from trainchain.core.history import Accepted, Chain, History, Receipt
-    from trainchain.core.ledger import Ledger, Settled
     from trainchain.core.models import ResolvedRecipe
     from trainchain.core.recount import Finding, Leaves, Line
     from trainchain.core.rewards import Earned
@@ -75,7 +75,7 @@ class Evidence:
     chain: Chain
     """Its `hub` is the job's on chain."""
     escrow: JobOnChain
-    ledger: Ledger
+    balance: Balance
     before: History
     rows: list[Accepted]
     after: History
@@ -89,7 +89,7 @@ class Evidence:
     def hubs(self) -> set[str]:
         """Who was the job's hub at any time, in lower case: one that was proposed and still waits was not."""
         waiting = {self.escrow.next_hub.lower()}
-        return {hub.lower() for hub in self.ledger.hubs} - waiting | {self.escrow.hub.lower()}
+        return {hub.lower() for hub in self.balance.hubs} - waiting | {self.escrow.hub.lower()}
 
 
 @dataclass
@@ -115,15 +115,15 @@ def gather(client: HubClient, job_id: str, kept: list[Receipt], *, rpc: str | No
     """Fetch what a job's pay is recomputed from. Raises TrainChainError: `chain.wrong`, `verify.chain` where the escrow
     does not hold this job, `session.required` for a private job's contributions, or what the hub says."""
     from trainchain.cli import delivery, wiring
+    from trainchain.core.balance import balance
     from trainchain.core.history import read_history
-    from trainchain.core.ledger import ledger
     from trainchain.core.models import ResolvedRecipe, parse
     from trainchain.core.recount import CHAIN
 
     chain = wiring.chain_of(client, rpc)
     try:
         escrow = wiring.escrow_job(chain, job_id)
-        log = ledger(chain.events(job_id)) if escrow else None
+        log = balance(chain.events(job_id)) if escrow else None
     finally:
         chain.close()
 
@@ -149,7 +149,7 @@ def gather(client: HubClient, job_id: str, kept: list[Receipt], *, rpc: str | No
         recipe=recipe,
         chain=delivery.chain_told(client).model_copy(update={"hub": escrow.hub}),
         escrow=escrow,
-        ledger=log,
+        balance=log,
         before=before,
         rows=rows,
         after=after,
@@ -188,7 +188,7 @@ def report(evidence: Evidence, say: Callable[[str], None]) -> dict[str, Any]:
         "chain": {"chain_id": evidence.chain.chain_id, "escrow": evidence.chain.escrow, "token": escrow.token},
         "hub": escrow.hub,
         "steps": [step.document() for step in steps],
-        "settlements": [_settlement(one, evidence.files[one.number]) for one in evidence.ledger.settlements],
+        "settlements": [_settlement(one, evidence.files[one.number]) for one in evidence.balance.settlements],
         "workers": [_shown(line) for line in lines],
     }
 
@@ -231,7 +231,7 @@ def _leaves_step(evidence: Evidence, rows: list[Earned], *, over: bool) -> Step:
     found = [*evidence.lacking, *rules(read, cap=cap, merged=merged, over=over)]
     found += leaves(evidence.after.job, rows, evidence.files)
     details = []
-    for one in evidence.ledger.settlements:
+    for one in evidence.balance.settlements:
         file = evidence.files[one.number]
         if file is None:
             continue
@@ -248,16 +248,16 @@ def _leaves_step(evidence: Evidence, rows: list[Earned], *, over: bool) -> Step:
 def _roots(evidence: Evidence) -> Step:
     from trainchain.core.recount import OnChain, listed, roots
 
-    settled = [OnChain(one.number, one.root, one.total) for one in evidence.ledger.settlements]
-    says = f"{len(settled)} on chain, {show(evidence.ledger.total)} TRAIN settled by the last"
+    settled = [OnChain(one.number, one.root, one.total) for one in evidence.balance.settlements]
+    says = f"{len(settled)} on chain, {show(evidence.balance.total)} TRAIN settled by the last"
     found = roots(settled, evidence.files, cap=evidence.escrow.round_cap)
-    return Step("roots", says, found + listed(evidence.after.settlements, evidence.ledger.settlements))
+    return Step("roots", says, found + listed(evidence.after.settlements, evidence.balance.settlements))
 
 
 def _money(evidence: Evidence, rows: list[Earned], *, over: bool) -> tuple[list[Line], Step]:
     from trainchain.core.recount import Sums, money, table
 
-    log, escrow = evidence.ledger, evidence.escrow
+    log, escrow = evidence.balance, evidence.escrow
     last = next((evidence.files[one.number] for one in reversed(log.settlements)), None)
     lines = table(rows, last, log.paid, over=over)
     found = money(lines, log, Sums(escrow.funded, escrow.refunded, escrow.total, escrow.claimed))

@@ -4,13 +4,14 @@ leaves that follow from the rewards, roots and totals, and what the chain has pa
 Pure functions. Each tells all that does not hold, as findings, so that whoever recounts sees more than the first.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from trainchain.core.balance import Balance, Settled
 from trainchain.core.errors import TrainChainError
 from trainchain.core.history import Accepted, Chain, History, Receipt, ToldSettlement
-from trainchain.core.ledger import Ledger, Settled
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.money import show
 from trainchain.core.rewards import Earned, Terms, recount, shard_reward, totals, vested
@@ -230,11 +231,12 @@ def table(rows: Sequence[Earned], last: Leaves | None, paid: Mapping[str, int], 
     """Every account that earned, is owed or was paid something, in the order of addresses."""
     everything = Terms(max((row.counted for row in rows), default=0), over, 0)
     ripe, whole = totals(vested(rows, everything)), totals(rows)
+    shards = Counter(row.worker for row in rows)
     owed = last.amounts if last else {}
     return [
         Line(
             account,
-            sum(row.worker == account for row in rows),
+            shards[account],
             whole.get(account, 0),
             ripe.get(account, 0),
             owed.get(account, 0),
@@ -244,7 +246,7 @@ def table(rows: Sequence[Earned], last: Leaves | None, paid: Mapping[str, int], 
     ]
 
 
-def money(lines: Iterable[Line], ledger: Ledger, state: Sums) -> list[Finding]:
+def money(lines: Iterable[Line], balance: Balance, state: Sums) -> list[Finding]:
     """Whether nobody was paid more than had vested for it, the escrow's sums hold, and the log, which is read after its
     `state`, has all of it."""
     found = [
@@ -252,12 +254,12 @@ def money(lines: Iterable[Line], ledger: Ledger, state: Sums) -> list[Finding]:
         for line in lines
         if line.paid > line.vested
     ]
-    if not ledger.claimed <= ledger.settled <= ledger.funded - ledger.refunded:
-        sums = [show(part) for part in (ledger.claimed, ledger.settled, ledger.funded, ledger.refunded)]
+    if not balance.claimed <= balance.settled <= balance.funded - balance.refunded:
+        sums = [show(part) for part in (balance.claimed, balance.settled, balance.funded, balance.refunded)]
         found.append("The escrow has paid {} of {} settled, of {} funded less {} given back.".format(*sums))
     for name, held in state._asdict().items():
-        if getattr(ledger, name) < held:
-            says = f"{show(held)} {name}; its log adds up to {show(getattr(ledger, name))}"
+        if getattr(balance, name) < held:
+            says = f"{show(held)} {name}; its log adds up to {show(getattr(balance, name))}"
             found.append(f"The escrow says {says}: a part of the log is kept back.")
     return [Finding(CHAIN, says) for says in found]
 

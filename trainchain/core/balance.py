@@ -26,7 +26,7 @@ class Settled(NamedTuple):
     free: int
 
 
-class Ledger(NamedTuple):
+class Balance(NamedTuple):
     """`settled` in all is the last total and `advances`, which vouchers paid and no leaf has counted."""
 
     funded: int
@@ -48,7 +48,7 @@ class Ledger(NamedTuple):
         return self.total + self.advances
 
 
-def ledger(log: Iterable[Entry]) -> Ledger:
+def balance(log: Iterable[Entry]) -> Balance:
     """Add a job's log up, oldest entry first."""
     funded = refunded = total = advances = 0
     paid: dict[str, int] = {}
@@ -71,4 +71,4 @@ def ledger(log: Iterable[Entry]) -> Ledger:
             paid[args["account"]] = paid.get(args["account"], 0) + args["amount"]
         if entry.name in ("JobCreated", "HubProposed"):
             hubs.append(args["hub"])
-    return Ledger(funded, refunded, total, advances, paid, settlements, hubs)
+    return Balance(funded, refunded, total, advances, paid, settlements, hubs)
