@@ -66,8 +66,8 @@ class World:
         return self.client.create_job(self.owner, self.params(**changes), amount).job_id
 
     def leaves(self, job_id, round, amounts) -> settlement.Leaves:
-        owed = {who.address: amount for who, amount in amounts.items()}
-        return settlement.Leaves(job_id, round, owed, ended=False, limit=settlement.MAX_AMOUNT)
+        amounts = {who.address: amount for who, amount in amounts.items()}
+        return settlement.read_leaves(settlement.leaves_file(job_id, round, amounts))
 
     def settle(self, job_id, round, amounts, *, total=None, wallet=None) -> settlement.Leaves:
         leaves = self.leaves(job_id, round, amounts)

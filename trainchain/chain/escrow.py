@@ -119,12 +119,14 @@ class ChainClient(TokenClient):
         return JobCreated(to_hex(bytes(made["jobId"])), hash_of(receipt))
 
     def fund(self, wallet: Wallet, job_id: str, amount: int) -> str:
-        """Pay more into a job. Every call pays."""
-        permit = self._permission(wallet, self.job(job_id).token, amount)
+        """Pay more into a job. Every call pays, but one that finishes a call whose answer was lost."""
         contract = self._contract()
-        if permit is None:
-            call = contract.functions.fund(bytes32(job_id), amount)
-        else:
+        call = contract.functions.fund(bytes32(job_id), amount)
+        again = self._sender.again(wallet, call)
+        if again is not None:
+            return hash_of(again)
+        permit = self._permission(wallet, self.job(job_id).token, amount)
+        if permit is not None:
             call = contract.functions.fundWithPermit(bytes32(job_id), amount, *permit)
         return self._send(wallet, call)
 
@@ -255,13 +257,11 @@ class ChainClient(TokenClient):
         return JobCreated(job_id, to_hex(bytes(logs[0]["transactionHash"]))) if logs else None
 
     def _made_by(self, deployer: str, name: str) -> str:
-        """The first contract of that name among the wallet's first transactions; "" where there is none."""
+        """The oldest contract of that name among the wallet's first transactions and its last; "" for none."""
         with telling():
             count = self.w3.eth.get_transaction_count(checksum(deployer))
-        for nonce in range(min(count, _SCAN)):
-            # CREATE's address: the hash of the RLP of [deployer, nonce]; below 128 a nonce is its own RLP.
-            place = b"\xd6\x94" + from_hex(deployer, 20) + (bytes([nonce]) if nonce else b"\x80")
-            address = checksum(to_hex(keccak(place)[12:]))
+        for nonce in sorted({*range(min(count, _SCAN)), *range(max(0, count - _SCAN), count)}):
+            address = _place(deployer, nonce)
             if self._is(name, address):
                 return address
         return ""
@@ -279,6 +279,14 @@ def _items(items: Sequence[ClaimItem]) -> list[tuple[bytes, str, int, list[bytes
         (bytes32(one.job_id), checksum(one.account), one.cumulative, [bytes32(node) for node in one.proof])
         for one in items
     ]
+
+
+def _place(deployer: str, nonce: int) -> str:
+    """CREATE's address: the hash of the RLP of [deployer, nonce]."""
+    number = nonce.to_bytes((nonce.bit_length() + 7) // 8, "big")
+    written = number if 0 < nonce < 128 else bytes([128 + len(number)]) + number
+    body = b"\x94" + from_hex(deployer, 20) + written
+    return checksum(to_hex(keccak(bytes([192 + len(body)]) + body)[12:]))
 
 
 def _packed(params: JobParams) -> tuple[Any, ...]:

@@ -46,7 +46,7 @@ def open_hub_chain(
         return HubChain(chain, wallet, deployed.token, "/chain", faucet)
     if not escrow or not token:
         raise TrainChainError(
-            "usage.flag", "A chain by URL needs --escrow and --token.", hint=f"trainchain chain deploy --rpc {url}"
+            "usage.flag", "A chain by URL needs --escrow and --token.", hint="trainchain chain deploy --rpc URL"
         )
     chain.check_code()
     parts = urlsplit(url)

@@ -31,8 +31,9 @@ class Place:
 def place_of(client: HubClient) -> Place:
     """What a hub says now."""
     told = client.info()["chain"]
-    rpc = urljoin(client.url + "/", str(told["rpc"]))
-    return Place(rpc, told["chain_id"], told["escrow"], told["token"], told["hub"])
+    rpc = urljoin(client.url + "/", str(told.get("rpc")))
+    names = ("escrow", "token", "hub")
+    return Place(rpc, told.get("chain_id"), *(str(told.get(name)) for name in names))
 
 
 def known(settings: Settings) -> dict[str, Place]:

@@ -16,7 +16,7 @@ from trainchain.core.rewards import VESTING
 
 if TYPE_CHECKING:
     from trainchain.cli.survey import Found, Survey
-    from trainchain.core.bundle import Receipt
+    from trainchain.core.history import Receipt
     from trainchain.core.worker.paybook import Papers
 
 PARTS = ("accepted", "vesting", "settling", "claimable", "claimed")

@@ -20,6 +20,11 @@ class Output:
         """The answer: `text` for people and pipes, `document` for programs."""
         self._write(json.dumps({"ok": True, **document}) if self.json_mode else text)
 
+    def line(self, text: str) -> None:
+        """A part of an answer that comes piece by piece; with `json_mode` the one document says it all."""
+        if not self.json_mode:
+            self._write(_harmless(text))
+
     def event(self, event: dict[str, Any], text: str | None) -> None:
         """One line of a serving or watching command: JSON on stdout, or talk on stderr."""
         if self.json_mode:
@@ -34,11 +39,12 @@ class Output:
         if text:
             self.note(f"hint: {text}")
 
-    def error(self, error: TrainChainError) -> None:
+    def error(self, error: TrainChainError, **more: Any) -> None:
+        """A failure; `more` is what was found until then, for programs."""
         if self.json_mode:
             document = {"code": error.code, "message": error.message, "hint": error.hint}
             with contextlib.suppress(TrainChainError):  # stderr says it, too
-                self._write(json.dumps({"ok": False, "error": document}))
+                self._write(json.dumps({"ok": False, "error": document, **more}))
         self.note(f"error[{error.code}] {error.message}")
         self.hint(error.hint)
 

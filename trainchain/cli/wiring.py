@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
 from trainchain.cli.hubs import place_of
-from trainchain.cli.output import Output, may_ask
+from trainchain.cli.output import Output
 from trainchain.core.errors import TrainChainError
 
 if TYPE_CHECKING:
@@ -30,35 +31,27 @@ if TYPE_CHECKING:
 
 
 def open_wallet(settings: Settings, out: Output) -> Wallet:
-    """This home's wallet, made without a question where there is none (and said so).
+    """This home's wallet, made without a question where there is none; then it is said where it lies.
 
-    The password comes from TRAINCHAIN_PASSWORD_FILE, else is empty, else is asked for where somebody can answer.
+    The password comes from TRAINCHAIN_PASSWORD_FILE, else from the keyring where that is wanted, else is empty, else
+    is asked for where somebody can answer.
     """
-    from trainchain.chain import wallet
+    from trainchain.chain.wallet import Wallet
+    from trainchain.cli import passwords
 
-    password, path = settings.password(), settings.wallet_path
+    path = settings.wallet_path
     if not path.exists():
-        made = wallet.load_or_create(path, password or "")
-        out.note(
-            f"wallet   {short(made.address)} made in {friendly(path.parent)}" + ("" if password else ", no password")
-        )
-        return made
-    try:
-        return wallet.open(path, password or "")
-    except TrainChainError as error:
-        if error.code != "wallet.wrong_password":
-            raise
-        if password is not None:
-            raise TrainChainError(error.code, error.message, hint="Check TRAINCHAIN_PASSWORD_FILE.") from None
-        if not may_ask():
-            raise TrainChainError(
-                "wallet.locked",
-                f"The wallet at {path} has a password, and nobody can be asked for it.",
-                hint="TRAINCHAIN_PASSWORD_FILE=FILE names a file that holds it",
-            ) from None
-    import getpass
-
-    return wallet.open(path, getpass.getpass(f"Password of {path}: "))
+        try:
+            made, source = passwords.save(Wallet(secrets.token_bytes(32)), path, settings, ask=False)
+        except TrainChainError as error:
+            if error.code != "wallet.exists":  # another process was faster
+                raise
+        else:
+            kept = ", no password" if source == "none" else ""
+            out.note(f"wallet   {short(made.address)} made in {friendly(path.parent)}{kept}")
+            out.note(f"back up  {passwords.how_to_back_up(settings)}")
+            return made
+    return passwords.open_file(path, settings.password())[0]
 
 
 def address_in(path: Path) -> str | None:
@@ -106,13 +99,14 @@ def hub_client(settings: Settings, wallet: Wallet | None = None, *, attempts: in
     return HubClient(settings.hub, address=wallet.address, sign_in=sign, attempts=attempts or ATTEMPTS)
 
 
-def chain_of(client: HubClient) -> ChainClient:
-    """The chain a hub names, its id and the escrow's code checked before anything is believed or sent.
+def chain_of(client: HubClient, rpc: str | None = None) -> ChainClient:
+    """The chain a hub names, its id and the escrow's code checked before anything is believed or sent. With `rpc` it
+    is asked there, and not where the hub says.
 
     Raises `chain.wrong` where they are not what TrainChain ships.
     """
     place = place_of(client)
-    return chain_at(place.rpc, place.chain_id, place.escrow)
+    return chain_at(rpc or place.rpc, place.chain_id, place.escrow)
 
 
 def chain_at(rpc: str, chain_id: int, escrow: str) -> ChainClient:

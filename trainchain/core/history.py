@@ -10,7 +10,18 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from trainchain.core.errors import TrainChainError
-from trainchain.core.models import Address, Amount, Count, Digest, Hash32, Model, Positive, ResolvedRecipe, parse
+from trainchain.core.models import (
+    Address,
+    Amount,
+    Contribution,
+    Count,
+    Digest,
+    Hash32,
+    Model,
+    Positive,
+    ResolvedRecipe,
+    parse,
+)
 from trainchain.core.rewards import shard_reward
 
 
@@ -108,6 +119,54 @@ class History(Told):
         if before and before[-1].round == round_:
             return before
         return before + [row for row in rows if row.round > round_][:1]
+
+
+class Receipt(Told):
+    """The hub's promise to pay, as it was signed."""
+
+    jobId: Hash32
+    round: Positive
+    shard: Count
+    lease: Hash32
+    worker: Address
+    deltaHash: Hash32
+    amount: Amount
+    place: Positive
+    hub: Address
+    chain_id: Positive
+    escrow: Address
+    signature: Annotated[str, Field(max_length=200)]
+
+    def fields(self) -> dict[str, Any]:
+        """What the signature is over."""
+        names = ("jobId", "round", "shard", "lease", "worker", "deltaHash", "amount", "place")
+        return {name: getattr(self, name) for name in names}
+
+
+class Accepted(Told):
+    """One accepted contribution, as `GET /v1/jobs/{id}/contributions` tells of it."""
+
+    contribution: Contribution
+    signature: Annotated[str, Field(max_length=200)]
+    losses: Annotated[list[float], Field(default_factory=list)]
+    seconds: float = 0.0
+    micro_tokens: Annotated[list[Positive], Field(default_factory=list)]
+    receipt: Receipt
+    merged_in: Positive | None = None
+
+    @property
+    def counted(self) -> int:
+        """The round that it is settled with: whose merge took it in, or the last one where it came too late for any."""
+        return self.merged_in or self.contribution.round
+
+    @property
+    def which(self) -> tuple[int, int]:
+        """Round and shard."""
+        return self.contribution.round, self.contribution.shard
+
+
+class Contributions(Told):
+    contributions: list[Accepted]
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ def test_what_cannot_enter_a_block_is_refused_and_changes_nothing(tmp_path):
         (transfer(node, faucet, 0, value=2), "nonce too low"),
         (transfer(node, faucet, 2), "nonce too high"),
         (transfer(node, poor, 0), "insufficient funds"),
-        (transfer(node, faucet, 1, chainId=78), "invalid chain id"),
+        (transfer(node, faucet.bound(78), 1, chainId=78), "invalid chain id"),
         (transfer(node, faucet, 1, gas=20_000), "gas"),
         (transfer(node, faucet, 1, gas=31_000_000), "gas"),
         (transfer(node, faucet, 1, maxFeePerGas=1), "fee|gas"),

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from trainchain.core import money
-from trainchain.core.bundle import Receipt
 from trainchain.core.client import HubClient
 from trainchain.core.errors import TrainChainError
+from trainchain.core.history import Receipt
 from trainchain.core.worker.faults import AWAY, DISHONEST
 from trainchain.core.worker.paybook import Paybook
 

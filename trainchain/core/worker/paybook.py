@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
-from trainchain.core.bundle import Receipt
 from trainchain.core.errors import TrainChainError
+from trainchain.core.history import Receipt
 from trainchain.core.models import Voucher, parse
 from trainchain.core.rewards import VESTING
 from trainchain.core.settings import private_folder, write_private
