@@ -307,17 +307,20 @@ def _leaves(chain: ChainClient, wallet: Wallet, items: Sequence[Item], relay: Re
         except TrainChainError as error:
             if error.code not in ("claim.not_relayed", "claim.nothing", "hub.unreachable", "hub.failed"):
                 return [error] * len(items)
-    if len(items) == 1:
-        return [_one(chain, wallet, items[0], None, time.time)]
+    found: list[Outcome] = [Paid(None, 0)] * len(items)
+    unpaid = [at for at, one in enumerate(items) if chain.claimable(one.job_id, one.account, one.cumulative)]
+    if len(unpaid) == 1:
+        found[unpaid[0]] = _one(chain, wallet, items[unpaid[0]], None, time.time)
+        return found
+    leaves = [ClaimItem(one.job_id, one.account, one.cumulative, list(one.proof)) for one in items]
     try:
-        tx, paid = chain.claim_many(
-            wallet, [ClaimItem(one.job_id, one.account, one.cumulative, list(one.proof)) for one in items]
-        )
+        tx, paid = chain.claim_many(wallet, [leaves[at] for at in unpaid])
+        for at, amount in zip(unpaid, paid, strict=True):
+            found[at] = Paid(tx, amount) if amount else _unpaid(chain, items[at], None)
     except TrainChainError as error:
-        return [error] * len(items)
-    return [
-        Paid(tx, amount) if amount else _unpaid(chain, item, None) for item, amount in zip(items, paid, strict=True)
-    ]
+        for at in unpaid:
+            found[at] = error
+    return found
 
 
 def _relayed(chain: ChainClient, items: Sequence[Item], tx: str) -> list[Outcome]:

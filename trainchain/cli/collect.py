@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trainchain.cli.output import Output
 from trainchain.cli.survey import Failure, Found, Source, Survey, survey
 from trainchain.core.errors import TrainChainError
+from trainchain.core.money import show
 
 if TYPE_CHECKING:
     from trainchain.chain.collecting import Item, Relay
@@ -66,6 +67,10 @@ def _claim(
     known: Survey, out: Output, *, dry_run: bool, own_gas: bool, to: str | None, now: Callable[[], float]
 ) -> Document:
     rows, costs = [], []
+    if to is not None and (
+        left := sum(i.amount for one in known.found for i in one.standing.items if i.kind != "leaf")
+    ):
+        out.note(f"{show(left)} TRAIN stay: a voucher pays this wallet and no other address; claim without --to")
     for group in _groups(known.found, own_gas):
         paying = [(one, item) for one in group for item in one.standing.items if to is None or item.kind == "leaf"]
         relay = None if own_gas else _relay(group[0].source)

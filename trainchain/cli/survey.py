@@ -183,6 +183,11 @@ def _survey(
     told = {(failure.what, failure.error.code) for failure in failures}
     doubts = [Failure(one.job, one.standing.doubt) for one in found if one.standing.doubt is not None]
     failures += [doubt for doubt in doubts if (doubt.what, doubt.error.code) not in told]
+    told_of = {one.job for one in found}
+    if job is not None:  # what is wrong with another one is not asked now
+        failures = [
+            one for one in failures if not one.what.startswith("0x") or one.what.startswith(job) or one.what in told_of
+        ]
     if job is not None and not found and not failures:
         raise TrainChainError("job.unknown", f"This wallet has earned nothing in a job {job[:80]!r}.")
     looked = {one.job for one in found}

@@ -86,7 +86,7 @@ class Worker:
 
     def run(self, quota: Quota) -> None:
         """Work until interrupted, or until the quota is done."""
-        waiting = False
+        waiting, looks = False, 0
         try:
             self._tidy()
             while quota.take():
@@ -99,10 +99,10 @@ class Worker:
                 else:
                     self._forget_private()
                     if owed:
-                        self._sleep(POLL_SECONDS)
+                        self._sleep(min(AWAY_SECONDS * 2**looks, POLL_SECONDS))
                     elif not waiting:
                         self._tell("waiting", reason="no shard is open")
-                waiting = lease is None
+                waiting, looks = lease is None, min(looks + 1, 8) if owed else 0
                 self._dues.look_after(idle=waiting)
                 if not done:
                     quota.give_back()

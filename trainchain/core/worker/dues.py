@@ -119,6 +119,8 @@ class Dues:
                     raise
                 if error.code in AWAY:
                     return
+                if error.code == "job.unknown":  # the hub has lost it: there is nothing to fetch any more
+                    self._last[job] = self.book.earned(job)
                 if error.code != "object.unknown" and job not in self._doubted:
                     self._doubted.add(job)
                     self._on_event({"event": "doubt", "job": job, "code": error.code, "message": error.message})

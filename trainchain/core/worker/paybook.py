@@ -44,7 +44,7 @@ class Papers:
     def __init__(self, home: Path, account: str) -> None:
         self.home = home
         self.account = account
-        self._read: dict[Path, Receipt | None] = {}
+        self._read: dict[str, dict[str, Receipt | None]] = {}
 
     def jobs(self) -> list[str]:
         """Jobs of which anything lies here."""
@@ -54,13 +54,15 @@ class Papers:
 
     def receipts(self, job: str) -> list[Receipt]:
         """By place. A file is read once: what lies there never changes."""
-        folder = self.home / "receipts" / job
-        if not folder.is_dir():
+        folder, read = self.home / "receipts" / job, self._read.setdefault(job, {})
+        try:
+            names = [path.name for path in folder.iterdir()]
+        except OSError:
             return []
-        for path in folder.glob("0x*.json"):
-            if path not in self._read:
-                self._read[path] = self._receipt(path, job)
-        found = [kept for path, kept in self._read.items() if kept is not None and path.parent == folder]
+        for name in names:
+            if name.startswith("0x") and name.endswith(".json") and name not in read:
+                read[name] = self._receipt(folder / name, job)
+        found = [receipt for receipt in read.values() if receipt is not None]
         return sorted(found, key=lambda receipt: receipt.place)
 
     def path(self, receipt: Receipt) -> Path:
