@@ -140,27 +140,33 @@ def _send(hub: Hub, job: Row, written: Row) -> bool:
     """Put a settlement that was written down on chain; one that the chain refuses is made anew from what is true
     by then."""
     number, now = written["round"], hub.clock()
-    here = (schema.settlements.c.job == job["id"]) & (schema.settlements.c.round == number)
     try:
         tx = hub.chain.settle(job["id"], number, hub.objects.get(written["leaves"]))
     except TrainChainError as error:
         if error.code == "chain.reverted":
-            paid = schema.contributions
-            with hub.store.write() as db:
-                db.execute(delete(schema.settlements).where(here))
-                db.execute(
-                    update(paid).where(paid.c.job == job["id"], paid.c.settled_in == number).values(settled_in=None)
-                )
+            _unwrite(hub, job, number)
         raise
     with hub.store.write() as db:
         fresh = one(db, schema.settlements, job=job["id"], round=number)
         if fresh is None or fresh["tx"] is not None:
             return False
+        here = (schema.settlements.c.job == job["id"]) & (schema.settlements.c.round == number)
         db.execute(update(schema.settlements).where(here).values(tx=tx, at=now))
         data = {"root": written["root"], "total": str(written["total"]), "tx": tx}
         record(db, job["id"], f"settlement/{number}", "settled", now, data)
         db.execute(update(schema.jobs).where(schema.jobs.c.id == job["id"]).values(settled_round=number))
     return True
+
+
+def _unwrite(hub: Hub, job: Row, number: int) -> None:
+    """Forget a settlement that cannot be sent, and with it those after it, whose amounts hold its own."""
+    table, paid = schema.settlements, schema.contributions
+    with hub.store.write() as db:
+        db.execute(delete(table).where(table.c.job == job["id"], table.c.round >= number))
+        db.execute(update(paid).where(paid.c.job == job["id"], paid.c.settled_in >= number).values(settled_in=None))
+        before = select(func.max(table.c.round)).where(table.c.job == job["id"])
+        last = db.execute(before).scalar() or 0
+        db.execute(update(schema.jobs).where(schema.jobs.c.id == job["id"]).values(settled_round=last))
 
 
 def _stopped(hub: Hub, job: Row, escrow: EscrowJob, *, ended: bool) -> bool:
