@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.fixtures_chain import ANVIL_KEY
+from tests.fixtures_chain import ANVIL_KEY, JS, NOT_INSTALLED
 from tests.fixtures_command import Desk
 from trainchain.chain import wallet as wallets
 from trainchain.chain.devnet.node import Devnet
@@ -281,13 +281,13 @@ def test_no_secret_is_ever_said(desk, secret):
         assert path.is_dir() or key.encode() not in path.read_bytes()
 
 
-CAST = os.environ.get("TRAINCHAIN_CAST")
+CAST = next((JS / "node_modules" / "@foundry-rs").glob("cast-*/bin/cast*"), None)
 
 
-@pytest.mark.skipif(not CAST, reason="TRAINCHAIN_CAST does not name a cast binary")
+@pytest.mark.skipif(CAST is None, reason=f"There is no cast: {NOT_INSTALLED}")
 def test_cast_reads_ours_and_we_read_what_cast_writes(desk, secret):
     def cast(*arguments):
-        command = [CAST, "wallet", *arguments]
+        command = [str(CAST), "wallet", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
     address = desk.answer("wallet", "new", TRAINCHAIN_PASSWORD_FILE=secret)["address"]
