@@ -94,11 +94,15 @@ class ChainClient(TokenClient):
                 factory = self.w3.eth.contract(abi=artifact.abi, bytecode=artifact.bytecode)
                 self._sender.send(wallet, factory.constructor(*arguments))
         # Looked up again, so that two that deploy at once agree on the older ones.
-        made = Deployment(self._made_by(wallet.address, "TrainToken"), self._made_by(wallet.address, "TrainEscrow"))
+        made = self.deployed_by(wallet.address)
         self.token, self.escrow = made.token, made.escrow
         if self.node is not None:
             self.node.remember(token=made.token, escrow=made.escrow)
         return made
+
+    def deployed_by(self, address: str) -> Deployment:
+        """What an account put on this chain with `deploy`; "" for what it did not."""
+        return Deployment(self._made_by(address, "TrainToken"), self._made_by(address, "TrainEscrow"))
 
     def create_job(self, wallet: Wallet, params: JobParams, amount: int) -> JobCreated:
         """Open a job and pay `amount` into it: one transaction where the token has our permit, else two.

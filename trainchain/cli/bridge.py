@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from trainchain.cli.wiring import escrow_job
+from trainchain.cli.wiring import address_in, escrow_job
 from trainchain.core.errors import TrainChainError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from trainchain.chain.escrow import ChainClient
+    from trainchain.chain.records import Deployment
     from trainchain.chain.wallet import Wallet
     from trainchain.core.hub.service import Claim, EscrowJob, Settlement
     from trainchain.core.rewards import Terms
@@ -45,9 +46,14 @@ def open_hub_chain(
             chain.transfer_gas(faucet, wallet.address, GAS)
         return HubChain(chain, wallet, deployed.token, "/chain", faucet)
     if not escrow or not token:
-        raise TrainChainError(
-            "usage.flag", "A chain by URL needs --escrow and --token.", hint="trainchain chain deploy --rpc URL"
-        )
+        found = _deployed(chain, escrow, home)
+        if found is None:
+            raise TrainChainError(
+                "usage.flag",
+                "A chain by URL needs --escrow and --token, where this home's wallet has deployed neither.",
+                hint="trainchain chain deploy --rpc URL",
+            )
+        chain.escrow, token = found.escrow, token or found.token
     chain.check_code()
     parts = urlsplit(url)
     if public_url is None and (parts.path.strip("/") or parts.query or parts.username):
@@ -57,6 +63,15 @@ def open_hub_chain(
             hint="--public-chain URL names the RPC that workers and owners use",
         )
     return HubChain(chain, wallet, token, public_url or url, None, relays=relays)
+
+
+def _deployed(chain: ChainClient, escrow: str | None, home: Path) -> Deployment | None:
+    """What `chain deploy` put on the chain from this home; None where that is not all, or is another escrow."""
+    deployer = address_in(home / "wallet.json")
+    found = chain.deployed_by(deployer) if deployer else None
+    if found is None or not (found.token and found.escrow) or (escrow or found.escrow).lower() != found.escrow.lower():
+        return None
+    return found
 
 
 class HubChain:

@@ -13,6 +13,8 @@ from trainchain.chain import wallet as wallets
 from trainchain.chain.devnet.node import Devnet
 from trainchain.chain.escrow import _place, connect
 from trainchain.chain.hexes import checksum, keccak, to_hex
+from trainchain.cli.bridge import open_hub_chain
+from trainchain.core.errors import TrainChainError
 
 SECRET = "a1b2c3-secret-key"
 
@@ -46,6 +48,24 @@ def test_two_at_once_and_one_later_agree(desk, proxy):
         one, other = both.map(lambda _: desk.answer("chain", "deploy", "--rpc", "embedded:new"), range(2))
     assert one == other == desk.answer("chain", "deploy", "--rpc", "embedded:new")
     assert one["chain_id"] != first["chain_id"]
+
+
+def test_a_hub_of_that_home_finds_escrow_and_token_by_itself(desk, proxy):
+    made = desk.answer("chain", "deploy", "--rpc", proxy.url)
+    hub = wallets.create(desk.home / "hub-wallet.json")
+
+    for escrow, token in ((None, None), (made["escrow"], None), (made["escrow"].lower(), None)):
+        chain = open_hub_chain(proxy.url, escrow, token, None, desk.home, hub)
+        assert (chain.escrow.lower(), chain.token) == (made["escrow"].lower(), made["token"])
+    other = "0x" + "77" * 20
+    for escrow, home in (
+        (other, desk.home),
+        (None, desk.home / "elsewhere"),
+        (made["escrow"], desk.home / "elsewhere"),
+    ):
+        with pytest.raises(TrainChainError) as caught:
+            open_hub_chain(proxy.url, escrow, None, None, home, hub)
+        assert caught.value.code == "usage.flag"
 
 
 def test_a_wallet_that_has_sent_much_finds_what_it_deployed_late(desk, proxy):
