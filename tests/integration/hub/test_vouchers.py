@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 
-from tests.fixtures_hub import COIN, Job, Person, Town
+from tests.fixtures_hub import COIN, Job, Person, Town, job_files, recipe
 from trainchain.chain import eip712
 from trainchain.chain.settlement import check_against_chain, proof_for
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import schema
 from trainchain.core.hub.cashier import LOOK_SECONDS
 from trainchain.core.hub.relay import WAIT_SECONDS
-from trainchain.core.models import Voucher
-from trainchain.core.rewards import VESTING, shard_reward
+from trainchain.core.models import ResolvedRecipe, Voucher
+from trainchain.core.rewards import VESTING, round_price, shard_reward
 
 
 def work(job: Job, who: Person, shards: int) -> list[dict[str, Any]]:
@@ -143,6 +143,23 @@ def test_a_job_whose_owner_halts_its_escrow_ends_and_pays_by_vouchers(town: Town
     town.chain.transfer_gas(town.rich, anna.address, COIN)
     town.chain.redeem_voucher(anna.wallet, job.id, anna.address, int(voucher["cumulative"]), voucher["signature"])
     assert town.chain.token_balance(town.token, anna.address) == sum(amounts(receipts))
+
+
+def test_a_job_that_waits_for_money_ends_with_its_escrow_too(town: Town, anna: Person) -> None:
+    job = town.publish(rounds=2, shards=1, escrow=round_price(a_job(rounds=2, shards=1), 1))
+    receipts = work(job, anna, 1)
+    assert job.state == "unfunded"
+    town.chain.halt(job.owner.wallet, job.id)
+    town.clock.forward(LOOK_SECONDS)
+
+    town.tick()
+
+    assert job.state == "settled"
+    assert int(voucher_of(anna, job)["voucher"]["cumulative"]) == amounts(receipts)[0]
+
+
+def a_job(**sizes: int) -> ResolvedRecipe:
+    return recipe(job_files(), **sizes)
 
 
 def test_a_job_that_was_closed_early_ends_and_is_settled_in_the_grace_time(town: Town, anna: Person) -> None:

@@ -21,7 +21,7 @@ _COUNTED = func.coalesce(schema.contributions.c.merged_in, schema.contributions.
 _MOST = 2**128 - 1
 LOOK_SECONDS = 60.0
 """Between two looks at the escrow of a job that nothing is due for."""
-LOOKED_AT = frozenset({Job.OPEN, Job.RUNNING, Job.SETTLED})
+LOOKED_AT = frozenset({Job.UNFUNDED, Job.OPEN, Job.RUNNING, Job.SETTLED})
 SETTLING = frozenset(Job) - {Job.CLOSED}
 
 
@@ -197,7 +197,7 @@ def _look_at_escrow(hub: Hub, job: Row) -> bool:
         return False
     if escrow.halted:
         return _cancel(hub, job)
-    if escrow.deadline < job["deadline"]:
+    if job["deadline"] is not None and escrow.deadline < job["deadline"]:
         with hub.store.write() as db:
             fields = {"deadline": float(escrow.deadline)}
             db.execute(update(schema.jobs).where(schema.jobs.c.id == job["id"]).values(**fields))
