@@ -10,11 +10,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.fixtures_chain import COIN, World, no_sleep
+from tests.fixtures_chain import COIN, World
 from trainchain.chain import settlement
-from trainchain.chain.devnet.node import Devnet
-from trainchain.chain.escrow import ChainClient
-from trainchain.chain.provider import EmbeddedProvider
 from trainchain.chain.records import ClaimItem
 from trainchain.chain.wallet import Wallet
 from trainchain.core.errors import TrainChainError
@@ -51,12 +48,12 @@ class Kept:
         return self.next if now >= self.next_at else self.hub
 
 
-def machine(client):
+def machine(client, rich, node):
     class Escrow(RuleBasedStateMachine):
         @initialize(delay=st.sampled_from([0, 60]))
         def start(self, delay):
             """Two jobs of one owner in one token, one of them without a delay."""
-            self.world = World(client, client.faucet(), client.node)
+            self.world = World(client, rich, node)
             self.before = self.world.holds(client.escrow)
             other = Wallet(secrets.token_bytes(32))
             client.transfer_gas(self.world.rich, other.address, COIN)
@@ -228,11 +225,9 @@ def machine(client):
     return Escrow
 
 
-@pytest.mark.parametrize("examples", [10, pytest.param(120, marks=pytest.mark.long)])
-def test_the_money_adds_up(tmp_path, examples):
-    node = Devnet(tmp_path / "x.sqlite", clock=lambda: 1_800_000_000.0)
-    client = ChainClient(EmbeddedProvider(node), sleep=no_sleep)
-    case = machine(client).TestCase
+@pytest.mark.parametrize("examples", [8, pytest.param(100, marks=pytest.mark.long)])
+def test_the_money_adds_up(still, examples):
+    case = machine(*still).TestCase
     case.settings = settings(
         max_examples=examples,
         stateful_step_count=20,
@@ -241,4 +236,3 @@ def test_the_money_adds_up(tmp_path, examples):
         suppress_health_check=list(HealthCheck),
     )
     case().runTest()
-    client.close()
