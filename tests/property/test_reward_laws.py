@@ -122,6 +122,14 @@ def test_at_the_end_everything_is_paid_in_as_many_steps_as_the_limit_needs(rows:
     assert recount(rows, ends)[-1] == {worker: amount for worker, amount in totals(rows).items() if amount}
 
 
+def test_one_that_goes_beyond_the_limit_keeps_no_other_from_being_settled() -> None:
+    """What its worker's voucher was paid is reserved twice: there can be too little left for it, and enough for all."""
+    rows = [Earned(1, shard, WORKERS[shard], 1, amount, 1) for shard, amount in enumerate((7, 0, 5))]
+
+    assert added(rows, [], Terms(1, True, 6)) == [rows[2]]
+    assert added(rows, [], Terms(1, True, 0)) == []
+
+
 @given(jobs(), st.integers(0, 8))
 def test_while_a_job_goes_on_the_last_places_of_every_worker_wait(rows: list[Earned], number: int) -> None:
     ripe = vested(rows, Terms(number, False, 0))

@@ -48,17 +48,14 @@ def vested(rows: Iterable[Earned], terms: Terms) -> list[Earned]:
 
 
 def added(rows: Iterable[Earned], settled: Iterable[tuple[int, int]], terms: Terms) -> list[Earned]:
-    """What the next settlement adds to what is `settled` (rounds and shards): the vested, the earliest first, as far
-    as its limit reaches."""
+    """What the next settlement adds to what is `settled` (rounds and shards): of the vested, the earliest first, all
+    that its limit has room for. What is worth nothing needs no settlement."""
     before, left = set(settled), terms.limit
     found = []
     for row in vested(rows, terms):
-        if (row.round, row.shard) in before:
-            continue
-        if row.amount > left:
-            break
-        found.append(row)
-        left -= row.amount
+        if (row.round, row.shard) not in before and 0 < row.amount <= left:
+            found.append(row)
+            left -= row.amount
     return found
 
 
