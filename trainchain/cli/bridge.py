@@ -186,12 +186,17 @@ class HubChain:
 
         read = read_leaves(leaves)
         advanced = sorted({one.account for one in self._chain.claims(job_id) if one.voucher} & set(read.amounts))
-        due = [account for account in advanced if self._chain.advanced_of(job_id, account)]
+        due = [account for account in advanced if self._counts(job_id, account, read.amounts[account])]
         tx = None
         for first in range(0, len(due), BATCH):
             items = [ClaimItem(job_id, account, *proof_for(read, account)) for account in due[first : first + BATCH]]
             tx, _ = self._chain.claim_many(self._wallet, items)
         return tx
+
+    def _counts(self, job_id: str, account: str, leaf: int) -> bool:
+        """Whether this leaf holds anything that a voucher has paid; proving another one would only burn gas."""
+        advanced = self._chain.advanced_of(job_id, account)
+        return advanced > 0 and leaf > self._chain.claimed_of(job_id, account) - advanced
 
     def drip(self, address: str, tokens: int) -> dict[str, str]:
         if self._faucet is None:
