@@ -173,7 +173,7 @@ def _stopped(hub: Hub, job: Row, escrow: EscrowJob, *, ended: bool) -> bool:
     """The escrow takes no further root: its owner halted it, or its time is over. What is not settled is left to the
     vouchers, which every worker has for all that it did once the job has ended."""
     if ended:
-        return _settled(hub, job)
+        return _finish(hub, job)
     return escrow.halted and _cancel(hub, job)
 
 
@@ -193,16 +193,12 @@ def _look_at_escrow(hub: Hub, job: Row) -> bool:
         return False
     if _dropped(hub, job, escrow):
         return True
-    if job["state"] == Job.SETTLED:
-        return False
-    if escrow.halted:
-        return _cancel(hub, job)
-    if job["deadline"] is not None and escrow.deadline < job["deadline"]:
+    moved = job["deadline"] is not None and escrow.deadline < job["deadline"]
+    if moved:
         with hub.store.write() as db:
             fields = {"deadline": float(escrow.deadline)}
             db.execute(update(schema.jobs).where(schema.jobs.c.id == job["id"]).values(**fields))
-        return True
-    return False
+    return (escrow.halted and _cancel(hub, job)) or moved
 
 
 def _dropped(hub: Hub, job: Row, escrow: EscrowJob) -> bool:
@@ -250,12 +246,19 @@ def _settled(hub: Hub, job: Row) -> bool:
 
 
 def _close(hub: Hub, job: Row) -> bool:
-    """Once deadline and grace are over nothing can change but claims and the owner's refund: no key is needed more."""
+    """Once deadline and grace are over nothing can change but claims and the owner's refund: no key is needed more,
+    and what vouchers were paid since the last settlement is counted, so that the refund is whole."""
     now = hub.clock()
     if job["deadline"] is not None and now <= job["deadline"] + job["grace"]:
         return False
     with hub.store.write() as db:
         keys.forget(db, job["id"])
+    escrow = hub.chain.job(job["id"]) if job["settled_round"] else None
+    if escrow is not None:
+        if now < escrow.pending_at:
+            return False
+        _count_advances(hub, job, escrow)
+    with hub.store.write() as db:
         return move(db, schema.jobs, job, Job.CLOSED, now=now)
 
 
