@@ -170,15 +170,15 @@ class HubChain:
         made = settle_leaves(leaves)
         return self._chain.settle(self._wallet, job_id, number, made.root, made.total, made.data_hash)
 
-    def claim_many(self, claims: Sequence[Claim]) -> tuple[str | None, list[int]]:
-        """Send those that pay, as the chain says beforehand; no transaction where none does."""
+    def would_pay(self, claims: Sequence[Claim]) -> list[int]:
         from trainchain.chain.records import ClaimItem
 
-        items = [ClaimItem(*one) for one in claims]
-        paying = [item for item, amount in zip(items, self._chain.would_pay(items), strict=True) if amount]
-        tx, paid = self._chain.claim_many(self._wallet, paying)
-        amounts = dict(zip(map(id, paying), paid, strict=True))
-        return tx, [amounts.get(id(item), 0) for item in items]
+        return self._chain.would_pay([ClaimItem(*one) for one in claims]) if claims else []
+
+    def claim_many(self, claims: Sequence[Claim]) -> tuple[str | None, list[int]]:
+        from trainchain.chain.records import ClaimItem
+
+        return self._chain.claim_many(self._wallet, [ClaimItem(*one) for one in claims])
 
     def count_advances(self, job_id: str, leaves: bytes) -> str | None:
         from trainchain.chain.records import ClaimItem

@@ -1,11 +1,13 @@
 """Money that nobody may lose, steal or burn: work that is worth nothing, vouchers beside leaves, owners who change
 hands, and strangers who would have the hub pay their gas."""
 
+from typing import Any
+
 import pytest
 
 from tests.fixtures_hub import COIN, Job, Person, Town, job_files, recipe
-from tests.integration.hub.test_vouchers import amounts, away, voucher_of, work
-from trainchain.chain.settlement import proof_for, read_leaves
+from tests.integration.hub.test_vouchers import amounts, away, post, voucher_of, work
+from trainchain.chain.settlement import leaves_file, proof_for, read_leaves, settle_leaves
 from trainchain.core.hub import schema
 from trainchain.core.hub.cashier import LOOK_SECONDS
 from trainchain.core.rewards import job_price
@@ -35,9 +37,8 @@ def redeem(town: Town, who: Person, job: Job) -> int:
 def claim(town: Town, who: Person, job: Job) -> int:
     """Have the leaf in the newest settlement paid with one's own gas."""
     town.chain.transfer_gas(town.rich, who.address, COIN)
-    (leaves,) = [row["leaves"] for row in town.rows(schema.settlements, job=job.id) if row["tx"]][-1:]
-    leaf, proof = proof_for(read_leaves(who.fetch(leaves)), who.address)
-    return town.chain.claim(who.wallet, job.id, who.address, leaf, proof).amount
+    item = item_of(town, who, job)
+    return town.chain.claim(who.wallet, job.id, who.address, int(item["cumulative"]), item["proof"]).amount
 
 
 def test_vouchers_that_leave_nothing_to_settle_cost_the_hub_no_gas(
@@ -102,3 +103,57 @@ def test_of_a_halted_job_too_the_owner_gets_back_what_vouchers_paid_twice(
     on_chain = town.chain.job(job.id)
     assert on_chain.settled == on_chain.claimed
     assert job.state == "closed", "its time ran from the halt"
+
+
+@pytest.fixture
+def settled(town: Town) -> tuple[Job, Person, dict[str, Any]]:
+    """A settled job, somebody whom it paid, and the claim that it owes them."""
+    job, who = town.publish(rounds=1, shards=1), town.person()
+    work(job, who, 1)
+    return job, who, item_of(town, who, job)
+
+
+def item_of(town: Town, who: Person, job: Job) -> dict[str, Any]:
+    (leaves,) = [row["leaves"] for row in town.rows(schema.settlements, job=job.id) if row["tx"]][-1:]
+    leaf, proof = proof_for(read_leaves(who.fetch(leaves)), who.address)
+    return {"job": job.id, "account": who.address, "cumulative": str(leaf), "proof": proof}
+
+
+def test_nobody_has_the_hub_pay_gas_for_what_it_never_accepted(town: Town) -> None:
+    """An escrow of the thief's own, settled by the thief in any token, with as many leaves as the hub has gas for."""
+    thief, friend = town.person(), town.person()
+    town.give(thief.address, COIN)
+    job = town.publish(owner=thief, escrow=0)
+    job.create_escrow(COIN, hub=thief.address)
+    made = settle_leaves(leaves := leaves_file(job.id, 1, {friend.address: 1, thief.address: 1}))
+    town.chain.settle(thief.wallet, job.id, 1, made.root, made.total, made.data_hash)
+    leaf, proof = proof_for(read_leaves(leaves), friend.address)
+    blocks = town.chain.node.head()
+
+    answer = post(town, {"job": job.id, "account": friend.address, "cumulative": str(leaf), "proof": proof})
+
+    assert answer.json()["code"] == "claim.nothing"
+    assert town.chain.node.head() == blocks, "nothing was sent"
+
+
+def test_a_stranger_who_names_an_account_does_not_keep_it_from_being_paid(
+    town: Town, settled: tuple[Job, Person, dict[str, Any]], anna: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, who, item = settled
+    job = town.publish(rounds=1, shards=1)
+    work(job, anna, 1)
+    forged = {**item, "cumulative": "1"}
+    honest, inside = town.port.would_pay, []
+
+    def meanwhile(claims: Any) -> list[int]:
+        monkeypatch.setattr(town.port, "would_pay", honest)
+        inside.append(post(town, item))
+        return honest(claims)
+
+    assert post(town, forged, item_of(town, anna, job)).raise_for_status().json()["paid"][0] == "0"
+    monkeypatch.setattr(town.port, "would_pay", meanwhile)
+
+    assert post(town, forged).json()["code"] == "claim.nothing"
+
+    assert inside[0].raise_for_status().json()["paid"] == [item["cumulative"]]
+    assert town.chain.token_balance(town.token, who.address) == int(item["cumulative"])

@@ -1,10 +1,13 @@
 """Relayed claims: the hub pays the gas of a batch, and every leaf pays its own account, whoever asked."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
+from sqlalchemy import func, select
 
 from trainchain.core.errors import TrainChainError
+from trainchain.core.hub import schema
 from trainchain.core.hub.service import Claim, Hub
 from trainchain.core.models import Address, Amount, Hash32, Model
 
@@ -27,13 +30,47 @@ class Claims(Model):
 
 def relay(hub: Hub, asked: Claims) -> dict[str, Any]:
     """Send what of it pays as one transaction. Raises `claim.not_relayed`, `claim.too_often`, `claim.nothing`,
-    `job.unknown`; nothing was sent then."""
+    `job.unknown`; nothing was sent then.
+
+    Only those who pay wait: whoever names another's account does not keep it from being paid.
+    """
     if not hub.chain.relays:
         raise TrainChainError("claim.not_relayed", "This hub sends nobody's claims.")
     for job in {item.job for item in asked.items}:
         hub.job(job)
-    accounts = {item.account.lower() for item in asked.items}
-    now = hub.clock()
+    claims = [Claim(item.job, item.account, item.cumulative, item.proof) for item in asked.items]
+    _insist_waited(hub, claims)
+    earned = _earned(hub, claims)
+    claims = [claim for claim in claims if (claim.job, claim.account.lower()) in earned]
+    paying = [claim for claim, pays in zip(claims, hub.chain.would_pay(claims), strict=True) if pays]
+    if not paying:
+        raise TrainChainError("claim.nothing", "None of these leaves pays anything: they are paid, or not valid.")
+    _insist_waited(hub, paying, mark=True)
+    try:
+        tx, amounts = hub.chain.claim_many(paying)
+    except BaseException:
+        with hub.relay_lock:
+            for claim in paying:
+                hub.relayed.pop(claim.account.lower(), None)
+        raise
+    paid = {(claim.job, claim.account, claim.cumulative): pay for claim, pay in zip(paying, amounts, strict=True)}
+    return {"tx": tx, "paid": [str(paid.pop((i.job, i.account, i.cumulative), 0)) for i in asked.items]}
+
+
+def _earned(hub: Hub, claims: Sequence[Claim]) -> set[tuple[str, str]]:
+    """Of which jobs and accounts this hub ever accepted work. Anybody may publish a job, and settle leaves without end
+    in an escrow of their own: it is not for this hub to pay their gas."""
+    table = schema.contributions
+    query = select(table.c.job, table.c.worker).distinct()
+    query = query.where(table.c.job.in_({claim.job for claim in claims}))
+    query = query.where(func.lower(table.c.worker).in_({claim.account.lower() for claim in claims}))
+    with hub.store.read() as db:
+        return {(job, worker.lower()) for job, worker in db.execute(query)}
+
+
+def _insist_waited(hub: Hub, claims: Sequence[Claim], *, mark: bool = False) -> None:
+    """Raises `claim.too_often`; with `mark` the wait begins anew."""
+    accounts, now = {claim.account.lower() for claim in claims}, hub.clock()
     with hub.relay_lock:
         hub.relayed = {who: at for who, at in hub.relayed.items() if now < at + WAIT_SECONDS}
         if early := accounts & set(hub.relayed):
@@ -42,14 +79,5 @@ def relay(hub: Hub, asked: Claims) -> dict[str, Any]:
             raise TrainChainError(
                 "claim.too_often", f"A claim of {account} was sent a moment ago; the next one can be in {left:.0f} s."
             )
-        hub.relayed |= dict.fromkeys(accounts, now)
-    try:
-        tx, paid = hub.chain.claim_many([Claim(i.job, i.account, i.cumulative, i.proof) for i in asked.items])
-        if tx is None:
-            raise TrainChainError("claim.nothing", "None of these leaves pays anything: they are paid, or not valid.")
-    except BaseException:
-        with hub.relay_lock:
-            for account in accounts:
-                hub.relayed.pop(account, None)
-        raise
-    return {"tx": tx, "paid": [str(amount) for amount in paid]}
+        if mark:
+            hub.relayed |= dict.fromkeys(accounts, now)
