@@ -139,6 +139,7 @@ class HubChain:
             round=found.round,
             pending_at=found.pending_at,
             halted=found.halted,
+            next_hub=found.next_hub if int(found.next_hub, 16) and found.next_hub != found.hub else "",
         )
 
     def recover(self, kind: str, message: Mapping[str, Any], signature: str) -> str:

@@ -208,6 +208,8 @@ def job_checker(chain: ChainClient, told: Mapping[str, Any], now: Callable[[], f
             wrong = f"its escrow is settled by {job.hub} in the token {job.token}, not as the hub says"
         elif job.halted or job.deadline <= now():
             wrong = "its owner has halted it, or its deadline has passed"
+        elif int(job.next_hub, 16) and job.next_hub != job.hub:
+            wrong = f"its owner has named another hub, {job.next_hub}, which owes nothing for work done here"
         if wrong:
             raise TrainChainError("job.invalid", f"Job {job_id} is not worth working for: {wrong}.")
         return job.owner

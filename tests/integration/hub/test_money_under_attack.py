@@ -157,3 +157,47 @@ def test_a_stranger_who_names_an_account_does_not_keep_it_from_being_paid(
 
     assert inside[0].raise_for_status().json()["paid"] == [item["cumulative"]]
     assert town.chain.token_balance(town.token, who.address) == int(item["cumulative"])
+
+
+def test_a_job_whose_owner_names_another_hub_ends_while_this_one_can_settle(town: Town, anna: Person) -> None:
+    """The other owes nothing for what this one accepted, and this one's vouchers lapse when it takes over."""
+    job = town.publish(rounds=12, shards=2)
+    receipts = work(job, anna, 3)
+    town.chain.propose_hub(job.owner.wallet, job.id, job.owner.address)
+    town.clock.forward(LOOK_SECONDS)
+
+    town.tick()
+
+    assert job.state == "settled"
+    assert anna.lease(job) is None
+    assert town.chain.settlements(job.id)[-1].total == sum(amounts(receipts))
+
+
+def test_a_hub_that_another_has_replaced_meanwhile_tries_to_settle_no_more(
+    town: Town, anna: Person, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = town.publish(rounds=1, shards=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(town.port, "settle", away)
+        work(job, anna, 1)
+    town.chain.propose_hub(job.owner.wallet, job.id, job.owner.address)
+    town.clock.forward(job.recipe.pay.grace + 1)
+    town.tick()
+    caplog.clear()
+
+    town.tick()
+
+    assert job.state == "settled"
+    assert town.chain.settlements(job.id) == []
+    assert caplog.messages == []
+
+
+def test_a_proposal_that_is_taken_back_changes_nothing(town: Town, anna: Person) -> None:
+    job = town.publish(rounds=2, shards=1)
+    town.chain.propose_hub(job.owner.wallet, job.id, town.keys.address)
+    town.clock.forward(LOOK_SECONDS)
+    town.tick()
+
+    work(job, anna, 2)
+
+    assert job.state == "settled"

@@ -75,7 +75,7 @@ def _settle(hub: Hub, job: Row) -> bool:
     escrow = hub.chain.job(job["id"])
     if escrow is None:
         return False
-    if escrow.halted or hub.clock() > escrow.deadline + escrow.grace:
+    if escrow.halted or _replaced(hub, escrow) or hub.clock() > escrow.deadline + escrow.grace:
         return _stopped(hub, job, escrow, ended=ended)
     if _dropped(hub, job, escrow):
         return True
@@ -170,23 +170,31 @@ def _unwrite(hub: Hub, job: Row, number: int) -> None:
 
 
 def _stopped(hub: Hub, job: Row, escrow: EscrowJob, *, ended: bool) -> bool:
-    """The escrow takes no further root: its owner halted it, or its time is over. What is not settled is left to the
-    vouchers, which every worker has for all that it did once the job has ended."""
+    """The escrow takes no further root of ours: its owner halted it, another hub has taken over, or its time is over.
+    What is not settled is left to the vouchers, which every worker has for all that it did once the job has ended."""
     if ended:
         return _finish(hub, job)
-    return escrow.halted and _cancel(hub, job)
+    return _cancel(hub, job, escrow)
 
 
-def _cancel(hub: Hub, job: Row) -> bool:
-    if job["state"] in ENDED:
+def _cancel(hub: Hub, job: Row, escrow: EscrowJob) -> bool:
+    """End a job that its owner halted or takes to another hub, while this one can still settle what was accepted: the
+    other one owes nobody anything for that, and its coming voids this one's vouchers."""
+    leaves = bool(escrow.next_hub) or _replaced(hub, escrow)
+    if job["state"] in ENDED or not (escrow.halted or leaves):
         return False
+    data = {"reason": "halted" if escrow.halted else "another hub"}
     with hub.store.write() as db:
-        return move(db, schema.jobs, job, Job.CANCELLED, now=hub.clock(), data={"reason": "halted"})
+        return move(db, schema.jobs, job, Job.CANCELLED, now=hub.clock(), data=data)
+
+
+def _replaced(hub: Hub, escrow: EscrowJob) -> bool:
+    return escrow.hub.lower() != hub.chain.address.lower()
 
 
 def _look_at_escrow(hub: Hub, job: Row) -> bool:
-    """A halted job ends here too, and one that was closed early has another deadline: the grace time runs, and what was
-    accepted must have vested while the escrow still pays."""
+    """A job that was halted, or goes to another hub, ends here too; one that was closed early has another deadline: the
+    grace time runs, and what was accepted must have vested while the escrow still pays."""
     escrow = hub.chain.job(job["id"])
     hub.looked[job["id"]] = hub.clock()
     if escrow is None:
@@ -198,7 +206,7 @@ def _look_at_escrow(hub: Hub, job: Row) -> bool:
         with hub.store.write() as db:
             fields = {"deadline": float(escrow.deadline)}
             db.execute(update(schema.jobs).where(schema.jobs.c.id == job["id"]).values(**fields))
-    return (escrow.halted and _cancel(hub, job)) or moved
+    return _cancel(hub, job, escrow) or moved
 
 
 def _dropped(hub: Hub, job: Row, escrow: EscrowJob) -> bool:

@@ -44,6 +44,8 @@ class EscrowJob:
     pending_at: int
     """When the last root becomes active; no other is taken before."""
     halted: bool
+    next_hub: str = ""
+    """Whom its owner has named to settle in place of `hub`; "" for nobody, or the same."""
 
 
 @dataclass(frozen=True)
