@@ -218,3 +218,22 @@ def test_a_stopped_worker_stops_waiting_for_money(town: Town, bench: Bench) -> N
         worker.run(Quota(None))
 
     assert len(bench.told("accepted")) == VESTING + 1
+
+
+def test_of_two_machines_with_one_wallet_each_fetches_the_last_voucher(
+    town: Town, bench: Bench, tmp_path: Path
+) -> None:
+    """What the other one earned is no reason to stop: its receipts are not here."""
+    other = Bench(town, tmp_path / "other", bench.person.wallet)
+    shards = VESTING + 3
+    job = town.publish(rounds=1, shards=2 * shards)
+    for one in (other, bench):
+        one.work(job.id, shards=shards)
+    other.close()
+    town.tick()
+    total = sum(row["reward"] for row in town.rows(schema.contributions, job=job.id))
+    assert papers(bench).earned(job.id) < papers(bench).vested(job.id) < total
+
+    bench.worker(job=job.id)._dues.look_after(idle=True)
+
+    assert papers(bench).vested(job.id) == total
