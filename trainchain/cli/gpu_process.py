@@ -76,6 +76,7 @@ def serve(
                 client,
                 wiring.paybook_of(settings, wallet, chain, told["hub"]),
                 wiring.onlooker(settings, wallet, chain, client),
+                wiring.window_of(wallet, chain),
                 on_event,
                 limit=limit,
             ),
@@ -116,6 +117,8 @@ def describe(event: dict[str, Any]) -> str | None:
             return f"unsettled {event['message']} Looking again and again. {event['hint']}"
         case "settled":
             return f"settled  job {event['job'][:12]} is below the limit again"
+        case "redeem_soon":
+            return f"REDEEM   {event['message']} {event['hint']}"
         case "doubt":
             return f"doubt    job {event['job'][:12]}: {event['message']}"
         case "smaller":

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trainchain.core.client import HubClient
     from trainchain.core.seal import ExchangeKey
     from trainchain.core.settings import Settings
-    from trainchain.core.worker.dues import Look
+    from trainchain.core.worker.dues import Closes, Look
     from trainchain.core.worker.paybook import Paybook, Signed
 
 
@@ -191,6 +191,18 @@ def onlooker(settings: Settings, wallet: Wallet, chain: ChainClient, client: Hub
         return Standing(mirror.leaf(job, wallet.address), chain.claimed_of(job, wallet.address))
 
     return look
+
+
+def window_of(wallet: Wallet, chain: ChainClient) -> Closes:
+    """A function that tells how long a job's vouchers are taken, by the chain and no hub."""
+    from trainchain.core.worker.dues import Closing
+
+    def closes(job: str) -> Closing:
+        found = chain.job(job)
+        paid = chain.claimed_of(job, wallet.address)
+        return Closing(paid, found.deadline + found.grace / 2, found.closes_after)
+
+    return closes
 
 
 def job_checker(chain: ChainClient, told: Mapping[str, Any], now: Callable[[], float] = time.time) -> Any:

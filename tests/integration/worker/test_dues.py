@@ -237,3 +237,42 @@ def test_of_two_machines_with_one_wallet_each_fetches_the_last_voucher(
     bench.worker(job=job.id)._dues.look_after(idle=True)
 
     assert papers(bench).vested(job.id) == total
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_voucher_whose_time_runs_out_is_told_of_once_a_day(
+    town: Town, bench: Bench, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    """Whether the hub is gone, or answers and does not settle; nobody else looks at a worker that runs by itself."""
+    job = town.publish(rounds=1, shards=VESTING + 3, pay_deadline=7200)
+    bench.work(job.id, shards=VESTING + 2)
+    town.give(bench.person.address, 0)
+    dues = bench.worker(job=job.id)._dues
+    dues._clock = town.clock
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise TrainChainError("hub.unreachable", "The hub is away.")
+
+    def look(seconds: float) -> list[dict[str, Any]]:
+        bench.events.clear()
+        town.clock.forward(seconds)
+        dues.look_after(idle=True)
+        return bench.told("redeem_soon")
+
+    if gone:
+        monkeypatch.setattr("trainchain.core.client.HubClient.get", away)
+    grace = job.recipe.pay.grace
+    assert look(7200) == []
+    (told,) = look(grace / 2 + 1)
+    vested = papers(bench).vested(job.id)
+    assert (told["job"], told["amount"]) == (job.id, str(vested))
+    assert told["ends"] == town.chain.job(job.id).closes_after
+    assert f"trainchain claim {job.id[:12]} --vouchers" in told["hint"]
+    assert look(100) == []
+    monkeypatch.setattr("trainchain.core.worker.dues.TELL_SECONDS", 150)
+    assert len(look(100)) == 1
+    voucher = papers(bench).voucher(job.id)
+    assert voucher is not None
+    town.chain.redeem_voucher(bench.person.wallet, job.id, voucher.account, voucher.cumulative, voucher.signature)
+    monkeypatch.setattr("trainchain.core.worker.dues.TELL_SECONDS", 0)
+    assert look(61) == []

@@ -15,6 +15,8 @@ from trainchain.core.worker.paybook import Paybook
 
 LOOK_SECONDS = 60.0
 """How often a worker that is never idle looks after what is owed."""
+TELL_SECONDS = 86_400.0
+"""Between two times that a worker tells of a voucher whose time runs out."""
 ROUNDS = 2
 _LIMIT = re.compile(r"(\d{1,6})|(\d[\d.]*) ?TRAIN", re.IGNORECASE | re.ASCII)
 OnEvent = Callable[[dict[str, Any]], None]
@@ -62,6 +64,18 @@ class Look(Protocol):
     def __call__(self, job: str, *, fresh: bool) -> Standing: ...
 
 
+class Closing(NamedTuple):
+    """Of one wallet in one job, by the chain alone: what it was paid, when half of the grace time is over, and when no
+    voucher is taken any more."""
+
+    paid: int
+    half: float
+    ends: float
+
+
+Closes = Callable[[str], Closing]
+
+
 class Open(NamedTuple):
     """Pay of a job that has vested and stands on no settlement; `since` is when the oldest of it was accepted."""
 
@@ -78,20 +92,24 @@ class Dues:
         client: HubClient,
         book: Paybook,
         look: Look,
+        closes: Closes,
         on_event: OnEvent,
         *,
         limit: Limit | None = None,
         clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
     ) -> None:
         self._client, self.book, self._look, self._on_event = client, book, look, on_event
-        self._limit, self._clock = limit or Limit(), clock
+        self._closes, self._limit, self._clock, self._now = closes, limit or Limit(), clock, now
         self._covered: dict[str, int] = {}
         """By job: what stands on a settlement, or was paid, as far as is known here."""
         self._last: dict[str, int] = {}
         """By job: what its last voucher promises, where no newer one will come."""
         self._told: set[str] = set()
         self._doubted: set[str] = set()
-        self._looked = float("-inf")
+        self._looked = self._watched = float("-inf")
+        self._told_soon: dict[str, float] = {}
+        """By job: when it was last told that the time for its voucher runs out."""
 
     def too_much(self) -> bool:
         """Whether no lease is to be taken; says why once, and once more when it is over."""
@@ -102,13 +120,21 @@ class Dues:
         return bool(blocked)
 
     def look_after(self, *, idle: bool) -> None:
-        """Bring what is signed and settled meanwhile onto this disk, so that nobody is needed to be paid.
+        """Bring what is signed and settled meanwhile onto this disk, so that nobody is needed to be paid; and tell of
+        vouchers whose time runs out, also where the hub is away.
 
         Raises `voucher.invalid`.
         """
         if not idle and self._clock() - self._looked < LOOK_SECONDS:
             return
         self._looked = self._clock()
+        self._fetch()
+        if self._clock() - self._watched >= LOOK_SECONDS:
+            self._watched = self._clock()
+            for job in self.book.here():
+                self._watch(job)
+
+    def _fetch(self) -> None:
         for job in self.book.here():
             try:
                 self._newest_voucher(job)
@@ -124,6 +150,33 @@ class Dues:
                 if error.code != "object.unknown" and job not in self._doubted:
                     self._doubted.add(job)
                     self._on_event({"event": "doubt", "job": job, "code": error.code, "message": error.message})
+
+    def _watch(self, job: str) -> None:
+        """What stands on a settlement can be claimed for ever; a voucher has an end."""
+        now = self._now()
+        if not self.open(job).amount or now < self._told_soon.get(job, float("-inf")) + TELL_SECONDS:
+            return
+        try:
+            closing = self._closes(job)
+        except TrainChainError:
+            return  # the chain is away, too: asked again with the next look
+        self._covered[job] = max(self._covered[job], closing.paid)
+        found = self.open(job)
+        if not found.amount or not closing.half < now <= closing.ends:
+            return
+        self._told_soon[job] = now
+        end = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(closing.ends))
+        self._on_event(
+            {
+                "event": "redeem_soon",
+                "job": job,
+                "amount": str(found.amount),
+                "ends": closing.ends,
+                "message": f"{money.show(found.amount)} TRAIN of job {job[:12]} have vested, not settled; "
+                f"the time to redeem the hub's voucher ends {end}, and then they are lost.",
+                "hint": f"trainchain claim {job[:12]} --vouchers  takes them, with this wallet's gas.",
+            }
+        )
 
     def open(self, job: str) -> Open:
         """By what is known here."""
@@ -185,8 +238,10 @@ class Dues:
         self._covered[job] = max(self._covered.get(job, 0), *self._look(job, fresh=True))
 
     def _newest_voucher(self, job: str) -> None:
-        """A voucher comes with each accepted shard; only what vests without one, as a job ends, has to be fetched. Where
-        places are missing here, another machine of the wallet has their receipts, and only the hub knows the end."""
+        """A voucher comes with each accepted shard; only what vests without one, as a job ends, has to be fetched.
+
+        Where places are missing here, another machine of the wallet has their receipts: only the hub knows the end.
+        """
         receipts = self.book.receipts(job)
         alone = not receipts or receipts[-1].place <= len(receipts)
         if job in self._last and (not alone or self.book.earned(job) <= self._last[job]):
