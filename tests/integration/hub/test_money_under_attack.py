@@ -201,3 +201,23 @@ def test_a_proposal_that_is_taken_back_changes_nothing(town: Town, anna: Person)
     work(job, anna, 2)
 
     assert job.state == "settled"
+
+
+def test_jobs_that_nobody_has_paid_for_cost_the_hub_no_look_at_the_chain(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may publish as many as they like; the pay of all others must not wait for them."""
+    waiting = town.publish(escrow=0)
+    asked: list[str] = []
+    honest = town.port.job
+    monkeypatch.setattr(town.port, "job", lambda job_id: (asked.append(job_id), honest(job_id))[1])
+    town.clock.forward(LOOK_SECONDS)
+
+    town.tick()
+
+    assert waiting.state == "unfunded"
+    assert waiting.id not in asked
+    waiting.create_escrow(waiting.recipe.pay.budget)
+    waiting.owner.post(f"/v1/jobs/{waiting.id}/fund").raise_for_status()
+    town.tick()
+    assert waiting.state == "running"

@@ -6,7 +6,7 @@ A settlement is written down before it is sent, and sent again as it is after a 
 once. The chain is asked outside any transaction.
 """
 
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import delete, func, insert, or_, select, update
 
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import jobs, keys, schema, vouchers
@@ -26,16 +26,20 @@ SETTLING = frozenset(Job) - {Job.CLOSED}
 
 
 def tick(hub: Hub) -> bool:
-    """Settle what is due, look for money that unfunded jobs wait for; True if anything moved."""
+    """Settle what is due, look for money that unfunded jobs wait for; True if anything moved.
+
+    A job whose escrow was never seen holds up nothing: anybody may publish as many as they like.
+    """
     moved = False
     with hub.store.read() as db:
-        query = select(schema.jobs).where(schema.jobs.c.state.in_(SETTLING))
+        known = or_(schema.jobs.c.state != Job.UNFUNDED, schema.jobs.c.deadline.is_not(None))
+        query = select(schema.jobs).where(schema.jobs.c.state.in_(SETTLING), known)
         rows = list(db.execute(query).mappings())
     for job in rows:
         moved = attempt(_settle, hub, job) or moved
         if job["state"] in LOOKED_AT and hub.clock() >= hub.looked.get(job["id"], 0.0) + LOOK_SECONDS:
             moved = attempt(_look_at_escrow, hub, job) or moved
-        if job["state"] == Job.UNFUNDED and job["deadline"] is not None:
+        if job["state"] == Job.UNFUNDED:
             moved = attempt(_look_for_money, hub, job) or moved
     if moved:
         hub.bell.ring()
