@@ -202,7 +202,7 @@ def _need_gas(client: HubClient, chain: ChainClient, wallet: Wallet) -> None:
     """On a hub's own chain gas is given away; elsewhere the wallet must hold some."""
     if chain.gas_balance(wallet.address) > 0:
         return
-    if not client.info()["chain"]["embedded"]:
+    if not client.info()["chain"].get("embedded"):
         raise TrainChainError(
             "money.insufficient", f"{wallet.address} has no gas to send a claim with.", hint="Send it a little first."
         )

@@ -15,6 +15,7 @@ from trainchain.cli import hubs, wiring
 from trainchain.cli.hubs import Place
 from trainchain.cli.output import Output
 from trainchain.core.errors import TrainChainError
+from trainchain.core.models import Address, Amount, Count, Hash32, JobName, Model, Positive, parse
 from trainchain.core.rewards import VESTING
 
 if TYPE_CHECKING:
@@ -28,6 +29,39 @@ if TYPE_CHECKING:
     Dial = Callable[[Settings, Wallet | None], HubClient]
 
 Document = dict[str, Any]
+
+
+class Shard(Model):
+    """An accepted shard, as a hub tells of it."""
+
+    round: Count
+    shard: Count
+    lease: Hash32
+    amount: Amount
+    place: Positive
+    accepted: float
+    state: str
+    settlement: Count | None
+
+
+class Earned(Model):
+    """What a hub says that a wallet has earned in a job."""
+
+    job: Hash32
+    name: JobName
+    token: Address
+    state: str
+    ended: bool
+    accepted: Amount
+    vested: Amount
+    settled: Amount
+    shards: list[Shard]
+
+
+class Told(Model):
+    """What a hub says of all jobs. One that tells nonsense must keep no other's pay from being claimed."""
+
+    jobs: list[Earned]
 
 
 @dataclass
@@ -241,7 +275,9 @@ def _ask(source: Source, settings: Settings, wallet: Wallet, dial: Dial, failure
         return
     source.client = dial(replace(settings, hub=source.url), wallet)
     try:
-        source.earned = {row["job"]: row for row in source.client.get("/v1/earned", signed=True)["jobs"]}
+        answer = source.client.get("/v1/earned", signed=True)
+        found = parse(Told, {"jobs": answer.get("jobs")}, code="hub.not_a_hub", what="What the hub says was earned")
+        source.earned = {row.job: row.model_dump(mode="json") for row in found.jobs}
         source.heard = True
     except TrainChainError as error:
         failures.append(Failure(source.url, error))

@@ -332,3 +332,32 @@ def test_nothing_of_an_account_is_relayed_twice_a_minute(town: Town, anna: Earne
     assert [failure["code"] for failure in done["failed"]] == ["claim.too_often"]
     assert collect.exit_code(done["failed"]) == 3
     assert town.chain.gas_balance(anna.address) < COIN
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"jobs": 7},
+        {"jobs": [7]},
+        {"jobs": [{"job": "../../elsewhere"}]},
+        {"jobs": [{"job": "0x" + "ab" * 32, "accepted": "many"}]},
+        {},
+    ],
+)
+def test_a_hub_that_tells_nonsense_of_what_was_earned_stops_no_claim(
+    town: Town, anna: Earner, monkeypatch: pytest.MonkeyPatch, told: dict[str, Any]
+) -> None:
+    job = town.publish(rounds=1, shards=1)
+    amounts = anna.earn(job)
+    town.tick()
+    honest = HubClient.get
+
+    def lie(client: HubClient, path: str, **options: Any) -> dict[str, Any]:
+        return told if path == "/v1/earned" else honest(client, path, **options)
+
+    monkeypatch.setattr(HubClient, "get", lie)
+
+    document = anna.claim()
+
+    assert anna.tokens == sum(amounts)
+    assert [one["code"] for one in document["failed"]] == ["hub.not_a_hub"]
