@@ -142,7 +142,9 @@ class Sender:
                 if "nonce" not in str(problem).lower() and "underpriced" not in str(problem).lower():
                     raise
                 journal.drop(sent)
-                nonce = None
+                if nonce is not None:
+                    # What holds this place was sent for the same before: in another place, both would come.
+                    raise _unsure(_no_block(), journal.find(purpose)[0], journal) from None
                 self._sleep(0.05 * (attempt + 1))
             except TrainChainError as problem:
                 raise _unsure(problem, sent, journal) from None
@@ -159,7 +161,7 @@ class Sender:
             if receipt is not None:
                 return receipt
             if waited >= self._patience:
-                raise TrainChainError("chain.unreachable", "No block came.")
+                raise _no_block()
             self._sleep(pause)
             waited, pause = waited + pause, min(pause * 2, 2.0)
 
@@ -189,7 +191,7 @@ class Sender:
             self._sleep(pause)
             waited, pause = waited + pause, min(pause * 2, 2.0)
         if used <= newest.nonce:
-            problem = _unsure(TrainChainError("chain.unreachable", "No block came."), newest, journal)
+            problem = _unsure(_no_block(), newest, journal)
             if used < newest.nonce:
                 problem.hint = (
                     f"Earlier ones of {address} come first. If the chain was begun anew, remove {journal.path}."
@@ -266,6 +268,10 @@ def telling() -> Iterator[None]:
 
 def _no_funds() -> TrainChainError:
     return TrainChainError("money.insufficient", "The wallet does not hold enough of the chain's coin for gas.")
+
+
+def _no_block() -> TrainChainError:
+    return TrainChainError("chain.unreachable", "No block came.")
 
 
 def _unsure(problem: TrainChainError, sent: Sent, journal: Journal) -> TrainChainError:

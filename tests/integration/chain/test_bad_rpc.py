@@ -149,6 +149,31 @@ def test_one_that_has_become_too_cheap_is_signed_anew_in_its_place(line):
     assert (line.heap(), line.sent(), line.noted()) == (5, 1, [])
 
 
+@pytest.mark.parametrize("words", ["replacement transaction underpriced", "nonce too low"])
+def test_a_dearer_one_that_is_refused_takes_no_other_place(line, words):
+    raws = []
+
+    def swallow(request, really):
+        raws.append(request["params"][0])
+        return "0x" + "11" * 32
+
+    line.proxy.tricks[SEND] = swallow
+    first = code_of(line.open().transfer_gas, line.wallet, HEAP, 5)
+
+    def refuse(request, really):
+        raise Refusal("max fee per gas less than block base fee" if request["params"][0] in raws else words)
+
+    line.proxy.tricks[SEND] = refuse
+    line.proxy.tricks[COUNT] = lambda request, really: hex(int(really(), 16) + (request["params"][1] == "pending"))
+    problem = code_of(line.open().transfer_gas, line.again(), HEAP, 5)
+    assert (problem.code, problem.facts["tx"]) == ("chain.timeout", first.facts["tx"])
+    assert line.proxy.asked.count(SEND) == 4  # the coin before, the first, once more, the dearer one
+
+    line.proxy.heal()  # and only now the first one comes into its block
+    assert line.open().transfer_gas(line.again(), HEAP, 5) == first.facts["tx"]
+    assert (line.heap(), line.sent(), line.noted()) == (5, 1, [])
+
+
 def test_a_place_that_another_program_took_is_given_up(line):
     line.proxy.tricks[SEND] = lambda request, really: "0x" + "11" * 32
     code_of(line.open().transfer_gas, line.wallet, HEAP, 5)
