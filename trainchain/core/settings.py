@@ -41,9 +41,9 @@ class Settings:
         elif told:
             cap = parse_size(told, "TRAINCHAIN_CACHE_CAP")
         return cls(
-            folder.expanduser().absolute(),
+            expanded(folder).absolute(),
             url.rstrip("/"),
-            Path(cache).expanduser().absolute() if cache else None,
+            expanded(Path(cache)).absolute() if cache else None,
             cap,
         )
 
@@ -88,6 +88,14 @@ def show_size(size: int) -> str:
         if size >= _UNITS[unit.upper()]:
             return f"{size / _UNITS[unit.upper()]:.1f} {unit}"
     return f"{size} B"
+
+
+def expanded(path: Path) -> Path:
+    """The path with a leading ~ or ~NAME replaced. Raises `usage.file` where there is no such user."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise TrainChainError("usage.file", f"{path} is in nobody's home.", hint="Check that path.") from None
 
 
 def private_folder(path: Path) -> Path:
