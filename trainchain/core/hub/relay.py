@@ -12,6 +12,8 @@ MAX_ITEMS = 50
 MAX_PROOF = 64
 WAIT_SECONDS = 60.0
 """Between two relayed claims of an account: the gas is the operator's."""
+MAX_AT_ONCE = 4
+"""Each holds one of the hub's threads until its block comes: enough must be left for leases and contributions."""
 
 
 class ClaimItem(Model):
@@ -35,6 +37,10 @@ def relay(hub: Hub, asked: Claims) -> dict[str, Any]:
     accounts = {item.account.lower() for item in asked.items}
     now = hub.clock()
     with hub.relay_lock:
+        if hub.relaying >= MAX_AT_ONCE:
+            raise TrainChainError(
+                "claim.too_often", f"{hub.relaying} claims are on their way already.", hint="Try again in a minute."
+            )
         hub.relayed = {who: at for who, at in hub.relayed.items() if now < at + WAIT_SECONDS}
         if early := accounts & set(hub.relayed):
             account = min(early)
@@ -43,6 +49,7 @@ def relay(hub: Hub, asked: Claims) -> dict[str, Any]:
                 "claim.too_often", f"A claim of {account} was sent a moment ago; the next one can be in {left:.0f} s."
             )
         hub.relayed |= dict.fromkeys(accounts, now)
+        hub.relaying += 1
     try:
         tx, paid = hub.chain.claim_many([Claim(i.job, i.account, i.cumulative, i.proof) for i in asked.items])
         if tx is None:
@@ -52,4 +59,7 @@ def relay(hub: Hub, asked: Claims) -> dict[str, Any]:
             for account in accounts:
                 hub.relayed.pop(account, None)
         raise
+    finally:
+        with hub.relay_lock:
+            hub.relaying -= 1
     return {"tx": tx, "paid": [str(amount) for amount in paid]}
