@@ -51,6 +51,13 @@ class EmbeddedProvider(JSONBaseProvider):  # type: ignore[misc]  # web3 is not t
         return self._rpc.handle(request)
 
 
+class _Straight(requests.Session):
+    """Follows nobody elsewhere: all of a redirect's body would be read, and anything asked that this machine can."""
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        return None
+
+
 class HttpProvider(JSONBaseProvider):  # type: ignore[misc]  # web3 is not type-checked here
     """A chain behind a URL. Raises `chain.unreachable` after bounded retries, `chain.wrong` for what is no chain.
 
@@ -100,7 +107,7 @@ class HttpProvider(JSONBaseProvider):  # type: ignore[misc]  # web3 is not type-
     def _session(self) -> requests.Session:
         session: requests.Session | None = getattr(self._sessions, "session", None)
         if session is None:
-            session = self._sessions.session = requests.Session()
+            session = self._sessions.session = _Straight()
             session.headers["Content-Type"] = "application/json"
         return session
 

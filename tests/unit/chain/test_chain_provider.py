@@ -140,7 +140,7 @@ class Endless(BaseHTTPRequestHandler):
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(200)
+        self.send_response(self.server.status)
         for name, value in self.server.headers.items():
             self.send_header(name, value)
         self.end_headers()
@@ -157,7 +157,7 @@ class Endless(BaseHTTPRequestHandler):
 @pytest.fixture
 def endless():
     made = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
-    made.headers, made.hung_up, made.daemon_threads = {}, threading.Event(), True
+    made.status, made.headers, made.hung_up, made.daemon_threads = 200, {}, threading.Event(), True
     thread = threading.Thread(target=made.serve_forever, args=(0.01,))
     thread.start()
     yield made
@@ -171,6 +171,16 @@ def test_an_answer_without_end_is_not_read_to_the_end(endless):
     problem, naps = problem_of(url(endless))
     assert (problem.code, naps) == ("chain.wrong", [])
     assert "more than 33554432 bytes" in problem.message
+    assert endless.hung_up.wait(20)
+
+
+@pytest.mark.parametrize("status", [301, 307])
+def test_nobody_is_followed_elsewhere(endless, server, status):
+    server.answers = [(200, b'{"jsonrpc": "2.0", "id": 0, "result": "0x1"}')]
+    endless.status, endless.headers = status, {"Location": f"http://127.0.0.1:{server.server_address[1]}/"}
+    endless.pieces = lambda: iter(lambda: b" " * (1 << 20), None)
+    problem, naps = problem_of(url(endless))
+    assert (problem.code, naps, server.asked) == ("chain.wrong", [], 0)
     assert endless.hung_up.wait(20)
 
 
