@@ -2,6 +2,7 @@
 
 import json
 import re
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -162,9 +163,7 @@ def open_provider(
     """Raises `chain.unknown` for an address that is neither `embedded:NAME` nor `http(s)://HOST...`."""
     kind, _, name = url.partition(":")
     if kind == "embedded" and _NAME.fullmatch(name) and home is not None:
-        from trainchain.chain.devnet.node import Devnet
-
-        return EmbeddedProvider(Devnet(home / "chain" / f"{name}.sqlite"))
+        return EmbeddedProvider(open_devnet(name, home))
     if kind in ("http", "https") and _host(url):
         return HttpProvider(url, timeout=timeout, retries=retries, sleep=sleep)
     raise TrainChainError(
@@ -172,6 +171,26 @@ def open_provider(
         f"{mask(url)} is not the address of a chain.",
         hint="Write embedded:NAME, or the http:// or https:// URL of an RPC.",
     )
+
+
+def open_devnet(name: str, home: Path) -> "Devnet":
+    """The embedded chain of that name. Raises `chain.unknown` for a name that is none, `chain.wrong` for a file that
+    holds no chain."""
+    from trainchain.chain.devnet.node import Devnet
+
+    if not _NAME.fullmatch(name):
+        raise TrainChainError(
+            "chain.unknown",
+            f"{name[:64]!r} is not the name of an embedded chain.",
+            hint="Letters, digits, - and _ make one, 64 of them at most.",
+        )
+    path = home / "chain" / f"{name}.sqlite"
+    try:
+        return Devnet(path)
+    except sqlite3.DatabaseError as problem:
+        raise TrainChainError(
+            "chain.wrong", f"{path} cannot be opened as a chain: {problem}.", hint="Check that path."
+        ) from None
 
 
 def mask(url: str) -> str:

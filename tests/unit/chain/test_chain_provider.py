@@ -8,6 +8,7 @@ import pytest
 
 from trainchain.chain.escrow import connect
 from trainchain.chain.provider import HttpProvider, mask
+from trainchain.cli.devnet import devnet
 from trainchain.core.errors import TrainChainError
 
 SECRET = "a1b2c3-secret-key"
@@ -63,6 +64,23 @@ def test_an_address_of_no_known_kind(address, tmp_path):
     with pytest.raises(TrainChainError) as caught:
         connect(address, home=tmp_path, timeout=1, retries=0)
     assert (caught.value.code, caught.value.exit_code) == ("chain.unknown", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_holds_no_chain_is_left_as_it_is(tmp_path):
+    path = tmp_path / "chain" / "x.sqlite"
+    path.parent.mkdir()
+    path.write_bytes(b"no chain at all " * 100)
+    problem, _ = problem_of("embedded:x", home=tmp_path)
+    assert (problem.code, str(path) in problem.message) == ("chain.wrong", True)
+    assert path.read_bytes() == b"no chain at all " * 100
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "x.y", "a" * 65])
+def test_the_devnet_command_takes_no_other_names_than_a_hub_does(name, tmp_path):
+    with pytest.raises(TrainChainError) as caught:
+        devnet(name=name, port=0, home=tmp_path, json_=False)
+    assert caught.value.code == "chain.unknown"
     assert list(tmp_path.iterdir()) == []
 
 
