@@ -13,6 +13,7 @@ from tests.fixtures_rpc import HANG_UP, Refusal, before, devnet_over_http
 from trainchain.chain import wallet as wallets
 from trainchain.chain.devnet.node import Devnet
 from trainchain.chain.escrow import connect
+from trainchain.chain.journal import Journal, Sent
 from trainchain.chain.wallet import Wallet
 from trainchain.core.errors import TrainChainError
 
@@ -430,6 +431,19 @@ def test_too_little_gas_is_said_before_anything_is_sent(line):
     assert problem.code == "money.insufficient"
     assert SEND not in line.proxy.asked
     assert client.gas_balance(poor.address) == 30_000
+
+
+def test_one_that_is_refused_for_ever_makes_nobody_forget_another(tmp_path):
+    journal = Journal(tmp_path, 1, HEAP)
+    other, tries = Sent("0xaa", 5, "0x01"), [Sent("0xbb", 6, f"0x{number:04x}") for number in range(100)]
+    journal.add(other)
+    for one in tries:
+        journal.add(one)
+    assert journal.find("0xaa") == [other]
+    kept = journal.find("0xbb")
+    assert (kept[0], kept[1], kept[-1], len(kept)) == (tries[-1], tries[-2], tries[0], 16)
+    journal.end(6)
+    assert (journal.find("0xbb"), journal.find("0xaa")) == ([], [other])
 
 
 def test_a_note_that_cannot_be_read_stops_before_it_costs(line):
