@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from trainchain.chain.hexes import from_hex, keccak, to_hex
 from trainchain.core.errors import TrainChainError
-from trainchain.core.settings import write_private
+from trainchain.core.settings import sync_folder, write_private
 
 _MOST = 16
 """Of one purpose. Each nonce that ends takes with it whatever was signed for it."""
@@ -109,8 +109,9 @@ class Journal:
             return
         if kept:
             write_private(self.path, json.dumps([asdict(one) for one in kept]).encode())
-        else:
-            self.path.unlink(missing_ok=True)
+        elif self.path.exists():
+            self.path.unlink()
+            sync_folder(self.path.parent)  # or it could come back, and pass for a payment that is still to come
 
     def _busy(self) -> TrainChainError:
         return TrainChainError(

@@ -12,6 +12,7 @@ from trainchain.chain.hexes import bytes32
 from trainchain.chain.recursion import restore_limit
 from trainchain.chain.signin import text_digest
 from trainchain.core.errors import TrainChainError
+from trainchain.core.settings import sync_folder
 
 # 16 MB and about 50 ms to open. The file's mode is the first guard; the password slows whoever got past it.
 SCRYPT_N = 2**14
@@ -213,17 +214,7 @@ def _write(path: Path, data: bytes) -> None:
             draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)
 
 
 def _exists(path: Path) -> TrainChainError:
