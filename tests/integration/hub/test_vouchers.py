@@ -289,6 +289,8 @@ def test_a_bad_item_does_not_keep_the_others_from_being_paid(
 
     assert answer["paid"] == ["0", item["cumulative"]]
     assert town.chain.token_balance(town.token, who.address) == int(item["cumulative"])
+    assert post(town, item).json()["code"] == "claim.too_often"
+    assert post(town, forged).json()["code"] == "claim.nothing", "who was not paid need not wait"
 
 
 @pytest.mark.parametrize(

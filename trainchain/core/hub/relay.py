@@ -54,12 +54,11 @@ def relay(hub: Hub, asked: Claims) -> dict[str, Any]:
         tx, paid = hub.chain.claim_many([Claim(i.job, i.account, i.cumulative, i.proof) for i in asked.items])
         if tx is None:
             raise TrainChainError("claim.nothing", "None of these leaves pays anything: they are paid, or not valid.")
-    except BaseException:
-        with hub.relay_lock:
-            for account in accounts:
-                hub.relayed.pop(account, None)
-        raise
+        # Whose leaf was not paid does not wait: else anybody could name it beside a leaf that is.
+        accounts -= {item.account.lower() for item, amount in zip(asked.items, paid, strict=True) if amount}
     finally:
         with hub.relay_lock:
             hub.relaying -= 1
+            for account in accounts:
+                hub.relayed.pop(account, None)
     return {"tx": tx, "paid": [str(amount) for amount in paid]}
