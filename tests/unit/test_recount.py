@@ -403,7 +403,7 @@ LOG = [
     Entry("Settled", round=1, root="a", total=300, dataHash="b"),
     Entry("Claimed", account=ANNA, amount=100),
     Entry("VoucherRedeemed", account=BEN, amount=50),
-    Entry("HubProposed", hub=OWNER),
+    Entry("HubProposed", hub=OWNER, activeAt=100),
     Entry("Settled", round=2, root="c", total=400, dataHash="d"),
     Entry("AdvanceCounted", account=BEN, amount=20),
     Entry("Claimed", account=BEN, amount=60),
@@ -419,7 +419,20 @@ def test_the_log_adds_up_to_what_the_escrow_says() -> None:
     assert found.settled == 430
     assert found.paid == {ANNA: 100, BEN: 110}
     assert [(one.number, one.free) for one in found.settlements] == [(1, 1500), (2, 1150)]
-    assert found.hubs == [HUB, OWNER]
+    assert found.hubs == [(HUB, 0), (OWNER, 100)]
+
+
+def test_a_hub_that_was_named_was_one_only_if_it_came_into_office() -> None:
+    def served(present: str, *named: tuple[str, int]) -> set[str]:
+        proposals = [Entry("HubProposed", hub=hub, activeAt=at) for hub, at in named]
+        return balance([LOG[0], *proposals]).served(present, grace=10)
+
+    assert served(HUB) == {HUB}
+    assert served(HUB, (OWNER, 20)) == {HUB}
+    assert served(OWNER, (OWNER, 20)) == {HUB, OWNER}
+    assert served(OWNER, (OWNER, 20), (HUB, 30)) == {HUB, OWNER}, "named again, it still was the hub at first"
+    assert served(HUB, (OWNER, 20), (HUB, 29)) == {HUB}, "taken back before its time came"
+    assert served(HUB, (OWNER, 20), (HUB, 30)) == {HUB, OWNER}, "in office for no longer than a second"
 
 
 def test_nobody_is_paid_more_than_had_vested_for_it() -> None:

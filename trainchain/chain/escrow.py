@@ -54,6 +54,7 @@ class ChainClient(TokenClient):
         first_block: int = 0,
         patience: float = 120.0,
         sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._provider = provider
         self.node = provider.node if isinstance(provider, EmbeddedProvider) else None
@@ -62,7 +63,7 @@ class ChainClient(TokenClient):
             self.token, escrow = self.node.recall("token"), self.node.recall("escrow")
         # Without web3's middleware: no name service, and a block's odd extra data is the chain's own business.
         w3 = Web3(provider, middleware=[])
-        super().__init__(w3, escrow=escrow, first_block=first_block, patience=patience, sleep=sleep)
+        super().__init__(w3, escrow=escrow, first_block=first_block, patience=patience, sleep=sleep, clock=clock)
 
     def now(self) -> int:
         """The chain's time: an embedded chain's clock, else the newest block's timestamp."""

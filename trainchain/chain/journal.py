@@ -12,9 +12,10 @@ from filelock import FileLock, Timeout
 
 from trainchain.chain.hexes import from_hex, keccak, to_hex
 from trainchain.core.errors import TrainChainError
-from trainchain.core.settings import write_private
+from trainchain.core.settings import sync_folder, write_private
 
-_MOST = 64
+_MOST = 16
+"""Of one purpose. Each nonce that ends takes with it whatever was signed for it."""
 _turns: defaultdict[tuple[int, str], threading.Lock] = defaultdict(threading.Lock)
 _turns_lock = threading.Lock()
 
@@ -73,7 +74,10 @@ class Journal:
     def add(self, sent: Sent) -> None:
         """On disk when this returns; only then may it be sent."""
         if sent.purpose:
-            self._write([*self._read(), sent][-_MOST:])
+            kept = self._read()
+            # What is refused again and again pushes out neither another purpose's nor its own first, which may come.
+            gone = [one for one in kept if one.purpose == sent.purpose][1 : 2 - _MOST]
+            self._write([*(one for one in kept if one not in gone), sent])
 
     def drop(self, sent: Sent) -> None:
         """This one can never come into a block."""
@@ -105,8 +109,9 @@ class Journal:
             return
         if kept:
             write_private(self.path, json.dumps([asdict(one) for one in kept]).encode())
-        else:
-            self.path.unlink(missing_ok=True)
+        elif self.path.exists():
+            self.path.unlink()
+            sync_folder(self.path.parent)  # or it could come back, and pass for a payment that is still to come
 
     def _busy(self) -> TrainChainError:
         return TrainChainError(

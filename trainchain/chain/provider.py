@@ -2,6 +2,7 @@
 
 import json
 import re
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -49,6 +50,13 @@ class EmbeddedProvider(JSONBaseProvider):  # type: ignore[misc]  # web3 is not t
         # Through JSON and back, so that what works here works over HTTP too.
         request = json.loads(self.encode_rpc_request(method, params))
         return self._rpc.handle(request)
+
+
+class _Straight(requests.Session):
+    """Follows nobody elsewhere: all of a redirect's body would be read, and anything asked that this machine can."""
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        return None
 
 
 class HttpProvider(JSONBaseProvider):  # type: ignore[misc]  # web3 is not type-checked here
@@ -100,7 +108,7 @@ class HttpProvider(JSONBaseProvider):  # type: ignore[misc]  # web3 is not type-
     def _session(self) -> requests.Session:
         session: requests.Session | None = getattr(self._sessions, "session", None)
         if session is None:
-            session = self._sessions.session = requests.Session()
+            session = self._sessions.session = _Straight()
             session.headers["Content-Type"] = "application/json"
         return session
 
@@ -155,9 +163,7 @@ def open_provider(
     """Raises `chain.unknown` for an address that is neither `embedded:NAME` nor `http(s)://HOST...`."""
     kind, _, name = url.partition(":")
     if kind == "embedded" and _NAME.fullmatch(name) and home is not None:
-        from trainchain.chain.devnet.node import Devnet
-
-        return EmbeddedProvider(Devnet(home / "chain" / f"{name}.sqlite"))
+        return EmbeddedProvider(open_devnet(name, home))
     if kind in ("http", "https") and _host(url):
         return HttpProvider(url, timeout=timeout, retries=retries, sleep=sleep)
     raise TrainChainError(
@@ -165,6 +171,26 @@ def open_provider(
         f"{mask(url)} is not the address of a chain.",
         hint="Write embedded:NAME, or the http:// or https:// URL of an RPC.",
     )
+
+
+def open_devnet(name: str, home: Path) -> "Devnet":
+    """The embedded chain of that name. Raises `chain.unknown` for a name that is none, `chain.wrong` for a file that
+    holds no chain."""
+    from trainchain.chain.devnet.node import Devnet
+
+    if not _NAME.fullmatch(name):
+        raise TrainChainError(
+            "chain.unknown",
+            f"{name[:64]!r} is not the name of an embedded chain.",
+            hint="Letters, digits, - and _ make one, 64 of them at most.",
+        )
+    path = home / "chain" / f"{name}.sqlite"
+    try:
+        return Devnet(path)
+    except sqlite3.DatabaseError as problem:
+        raise TrainChainError(
+            "chain.wrong", f"{path} cannot be opened as a chain: {problem}.", hint="Check that path."
+        ) from None
 
 
 def mask(url: str) -> str:

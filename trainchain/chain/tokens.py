@@ -29,9 +29,10 @@ class TokenClient(ChainReader):
         first_block: int,
         patience: float,
         sleep: Callable[[float], None],
+        clock: Callable[[], float],
     ) -> None:
         super().__init__(w3, escrow=escrow, first_block=first_block)
-        self._sender = Sender(w3, self.chain_id, patience=patience, sleep=sleep)
+        self._sender = Sender(w3, self.chain_id, patience=patience, sleep=sleep, clock=clock)
 
     def transfer_token(self, wallet: Wallet, token: str, to: str, amount: int) -> str:
         """Raises `money.insufficient` before anything is sent."""

@@ -44,9 +44,15 @@ class Sender:
     """
 
     def __init__(
-        self, w3: Web3, chain_id: int, *, patience: float, sleep: Callable[[float], None] = time.sleep
+        self,
+        w3: Web3,
+        chain_id: int,
+        *,
+        patience: float,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._w3, self._chain_id, self._patience, self._sleep = w3, chain_id, patience, sleep
+        self._w3, self._chain_id, self._patience, self._sleep, self._clock = w3, chain_id, patience, sleep, clock
 
     def send(self, wallet: Wallet, call: Any, *, value: int = 0, harmless: bool = False) -> Any:
         """Send a contract's function (or its constructor) and return the receipt.
@@ -142,7 +148,9 @@ class Sender:
                 if "nonce" not in str(problem).lower() and "underpriced" not in str(problem).lower():
                     raise
                 journal.drop(sent)
-                nonce = None
+                if nonce is not None:
+                    # What holds this place was sent for the same before: in another place, both would come.
+                    raise _unsure(_no_block(), journal.find(purpose)[0], journal) from None
                 self._sleep(0.05 * (attempt + 1))
             except TrainChainError as problem:
                 raise _unsure(problem, sent, journal) from None
@@ -153,15 +161,22 @@ class Sender:
         )
 
     def _wait(self, sent: Sent) -> Any:
-        waited, pause = 0.0, 0.05
+        naps = self._naps(self._clock())
         while True:
             receipt = self._receipt(sent.hash)
             if receipt is not None:
                 return receipt
-            if waited >= self._patience:
-                raise TrainChainError("chain.unreachable", "No block came.")
+            if not next(naps):
+                raise _no_block()
+
+    def _naps(self, began: float) -> Iterator[bool]:
+        """Sleeps a little longer each time; False once all patience is gone, with sleeping or with slow answers."""
+        slept, pause = 0.0, 0.05
+        while max(slept, self._clock() - began) < self._patience:
             self._sleep(pause)
-            waited, pause = waited + pause, min(pause * 2, 2.0)
+            slept, pause = slept + pause, min(pause * 2, 2.0)
+            yield True
+        yield False
 
     def _found(self, journal: Journal, address: str, purpose: str) -> tuple[Any, int | None]:
         """The receipt of what was sent for this purpose before, or the nonce that sending it anew must have: of two
@@ -169,7 +184,7 @@ class Sender:
         earlier = journal.find(purpose)
         if not earlier:
             return None, None
-        newest, waited, pause, pushed = earlier[0], 0.0, 0.05, False
+        newest, naps, pushed = earlier[0], self._naps(self._clock()), False
         while True:
             used = self._w3.eth.get_transaction_count(address, "latest")
             # Asked for after the count: what the count has seen, the node can show.
@@ -184,12 +199,10 @@ class Sender:
                 pushed = True
                 if not self._push(newest):
                     return None, newest.nonce
-            if waited >= self._patience:
+            if not next(naps):
                 break
-            self._sleep(pause)
-            waited, pause = waited + pause, min(pause * 2, 2.0)
         if used <= newest.nonce:
-            problem = _unsure(TrainChainError("chain.unreachable", "No block came."), newest, journal)
+            problem = _unsure(_no_block(), newest, journal)
             if used < newest.nonce:
                 problem.hint = (
                     f"Earlier ones of {address} come first. If the chain was begun anew, remove {journal.path}."
@@ -266,6 +279,10 @@ def telling() -> Iterator[None]:
 
 def _no_funds() -> TrainChainError:
     return TrainChainError("money.insufficient", "The wallet does not hold enough of the chain's coin for gas.")
+
+
+def _no_block() -> TrainChainError:
+    return TrainChainError("chain.unreachable", "No block came.")
 
 
 def _unsure(problem: TrainChainError, sent: Sent, journal: Journal) -> TrainChainError:

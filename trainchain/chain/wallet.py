@@ -12,6 +12,7 @@ from trainchain.chain.hexes import bytes32
 from trainchain.chain.recursion import restore_limit
 from trainchain.chain.signin import text_digest
 from trainchain.core.errors import TrainChainError
+from trainchain.core.settings import sync_folder
 
 # 16 MB and about 50 ms to open. The file's mode is the first guard; the password slows whoever got past it.
 SCRYPT_N = 2**14
@@ -20,6 +21,7 @@ BACKUP_SCRYPT_N = 2**17
 
 _MOST_SCRYPT = 2**30
 _MOST_PBKDF2 = 10**7
+_MOST_DERIVED = 64
 _MARK = "trainchain"
 _RAW_KEY = re.compile(rb"\s*(?:0x)?([0-9a-fA-F]{64})\s*")
 
@@ -181,10 +183,11 @@ def load_or_create(path: Path, password: str = "", *, only_chain: int | None = N
 
 def _affordable(keystore: dict[str, Any]) -> bool:
     """Whether opening it takes less than a gigabyte and a minute: a file may be anybody's."""
-    parts = (part for part in keystore.values() if isinstance(part, dict))
-    kdf = next(part["kdfparams"] for part in parts if "kdfparams" in part)
+    kdf = keystore["crypto"]["kdfparams"]
     scrypt = 128 * int(kdf.get("n", 0)) * int(kdf.get("r", 0)) * max(1, int(kdf.get("p", 1)))
-    return scrypt <= _MOST_SCRYPT and int(kdf.get("c", 0)) <= _MOST_PBKDF2
+    # Every 32 bytes of the derived key cost all the rounds again; no program asks for more.
+    small = scrypt <= _MOST_SCRYPT and int(kdf.get("c", 0)) <= _MOST_PBKDF2
+    return small and int(kdf["dklen"]) <= _MOST_DERIVED
 
 
 def _notes(path: Path) -> Path:
@@ -211,17 +214,7 @@ def _write(path: Path, data: bytes) -> None:
             draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)
 
 
 def _exists(path: Path) -> TrainChainError:

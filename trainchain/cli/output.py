@@ -60,6 +60,10 @@ class Output:
             raise TrainChainError("disk.full", f"The answer cannot be written to stdout: {error.strerror}.") from None
 
 
+def _at_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
+
+
 def _print(text: str, stream: TextIO | None) -> None:
     if stream is not None:  # as it is where a program was started with the stream closed
         print(_printable(text, stream.encoding), file=stream, flush=True)
@@ -78,9 +82,9 @@ def _printable(text: str, encoding: str | None) -> str:
 
 def may_ask() -> bool:
     """Whether somebody sits at a terminal who can answer a question."""
-    return sys.stdin.isatty() and sys.stderr.isatty()
+    return _at_terminal(sys.stdin) and _at_terminal(sys.stderr)
 
 
 def fancy() -> bool:
     """Whether stderr is a terminal that takes colours and a live display."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ
+    return _at_terminal(sys.stderr) and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ

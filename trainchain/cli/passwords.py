@@ -78,19 +78,24 @@ def ask_once(question: str, otherwise: str) -> str:
     """A password from a person; `wallet.locked`, in the words of `otherwise`, where nobody sits there."""
     if not may_ask():
         raise TrainChainError("wallet.locked", otherwise, hint=NAME_A_FILE)
-    import getpass
-
-    return getpass.getpass(question)
+    return _typed(question)
 
 
 def ask_twice(question: str) -> str:
     """A new password, typed twice."""
-    import getpass
-
-    first = getpass.getpass(question)
-    if first and getpass.getpass("The same again: ") != first:
+    first = _typed(question)
+    if first and _typed("The same again: ") != first:
         raise TrainChainError("wallet.wrong_password", "The two passwords differ; nothing was written.")
     return first
+
+
+def _typed(question: str) -> str:
+    import getpass
+
+    try:
+        return getpass.getpass(question)
+    except EOFError:  # Ctrl-D, or a terminal that went away
+        raise TrainChainError("wallet.locked", "No password was typed.", hint=NAME_A_FILE) from None
 
 
 def wanted() -> bool:

@@ -87,9 +87,8 @@ class Evidence:
 
     @property
     def hubs(self) -> set[str]:
-        """Who was the job's hub at any time, in lower case: one that was proposed and still waits was not."""
-        waiting = {self.escrow.next_hub.lower()}
-        return {hub.lower() for hub in self.balance.hubs} - waiting | {self.escrow.hub.lower()}
+        """Who was the job's hub at any time, in lower case."""
+        return {hub.lower() for hub in self.balance.served(self.escrow.hub, self.escrow.grace)}
 
 
 @dataclass

@@ -114,11 +114,11 @@ def backup(
     """
     from trainchain.chain import wallet
     from trainchain.core.errors import TrainChainError
-    from trainchain.core.settings import Settings
+    from trainchain.core.settings import Settings, expanded
 
     out, settings = Output(json_mode=json_), Settings.load(home)
     source = _path_of(settings)
-    target = file.expanduser().absolute()
+    target = expanded(file).absolute()
     if not target.parent.is_dir():
         raise TrainChainError("usage.file", f"There is no folder {target.parent}.", hint="Name a file in one.")
     _must_be_free(target)
@@ -175,10 +175,13 @@ def _must_be_free(path: Path) -> None:
 
 def _bytes_of(file: str) -> bytes:
     from trainchain.core.errors import TrainChainError
+    from trainchain.core.settings import expanded
 
     if file == "-":
+        if sys.stdin is None:  # as it is where a program was started with the stream closed
+            raise TrainChainError("usage.file", "There is no stdin to read a key from.", hint="Name a file.")
         return sys.stdin.buffer.read(_MOST_BYTES)
-    path = Path(file).expanduser()
+    path = expanded(Path(file))
     if _LIKE_A_KEY.fullmatch(file.strip()) and not path.exists():
         raise TrainChainError(
             "usage.flag",

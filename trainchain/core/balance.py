@@ -36,8 +36,8 @@ class Balance(NamedTuple):
     paid: Mapping[str, int]
     """By account, by leaf or voucher."""
     settlements: list[Settled]
-    hubs: list[str]
-    """Who settles, and whoever was named to do so."""
+    hubs: list[tuple[str, int]]
+    """Who was named to settle, and from when on."""
 
     @property
     def claimed(self) -> int:
@@ -47,13 +47,19 @@ class Balance(NamedTuple):
     def settled(self) -> int:
         return self.total + self.advances
 
+    def served(self, present: str, grace: int) -> set[str]:
+        """Who was the job's hub at any time: `present` is, and whoever came into office before another was named."""
+        named = [until - grace for _, until in self.hubs[1:]]
+        before = {hub for (hub, since), until in zip(self.hubs, named, strict=False) if since <= until}
+        return before | {present}
+
 
 def balance(log: Iterable[Entry]) -> Balance:
     """Add a job's log up, oldest entry first."""
     funded = refunded = total = advances = 0
     paid: dict[str, int] = {}
     settlements: list[Settled] = []
-    hubs: list[str] = []
+    hubs: list[tuple[str, int]] = []
     for entry in log:
         args = entry.args
         if entry.name in ("JobCreated", "Funded"):
@@ -70,5 +76,5 @@ def balance(log: Iterable[Entry]) -> Balance:
             advances += args["amount"] if entry.name == "VoucherRedeemed" else 0
             paid[args["account"]] = paid.get(args["account"], 0) + args["amount"]
         if entry.name in ("JobCreated", "HubProposed"):
-            hubs.append(args["hub"])
+            hubs.append((args["hub"], args.get("activeAt", 0)))
     return Balance(funded, refunded, total, advances, paid, settlements, hubs)

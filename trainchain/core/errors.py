@@ -156,7 +156,9 @@ CODES: dict[str, Reason] = {
     "chain.journal": Reason(409, 1, "The note of the transactions under way cannot be read."),
     "claim.nothing": Reason(409, 1, "None of the leaves that were sent pays anything now."),
     "claim.not_relayed": Reason(403, 1, "This hub does not send other people's claims."),
-    "claim.too_often": Reason(429, 3, "A claim of this account was relayed less than a minute ago."),
+    "claim.too_often": Reason(
+        429, 3, "The account's last claim was relayed less than a minute ago, or many are on their way."
+    ),
     "faucet.closed": Reason(403, 6, "This hub's chain is not an embedded one, or this wallet has had its share."),
     "settlement.mismatch": Reason(409, 4, "The leaves file, the proof and the root on chain do not agree."),
     "verify.rewards": Reason(409, 4, "Contributions, receipts and the accepted shards of a job do not agree."),

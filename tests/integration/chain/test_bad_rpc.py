@@ -13,6 +13,7 @@ from tests.fixtures_rpc import HANG_UP, Refusal, before, devnet_over_http
 from trainchain.chain import wallet as wallets
 from trainchain.chain.devnet.node import Devnet
 from trainchain.chain.escrow import connect
+from trainchain.chain.journal import Journal, Sent
 from trainchain.chain.wallet import Wallet
 from trainchain.core.errors import TrainChainError
 
@@ -146,6 +147,31 @@ def test_one_that_has_become_too_cheap_is_signed_anew_in_its_place(line):
     line.proxy.heal()
     provider = line.open().w3.provider
     assert "error" in provider.make_request(SEND, [raws[0]])  # its place is taken: it can never come
+    assert (line.heap(), line.sent(), line.noted()) == (5, 1, [])
+
+
+@pytest.mark.parametrize("words", ["replacement transaction underpriced", "nonce too low"])
+def test_a_dearer_one_that_is_refused_takes_no_other_place(line, words):
+    raws = []
+
+    def swallow(request, really):
+        raws.append(request["params"][0])
+        return "0x" + "11" * 32
+
+    line.proxy.tricks[SEND] = swallow
+    first = code_of(line.open().transfer_gas, line.wallet, HEAP, 5)
+
+    def refuse(request, really):
+        raise Refusal("max fee per gas less than block base fee" if request["params"][0] in raws else words)
+
+    line.proxy.tricks[SEND] = refuse
+    line.proxy.tricks[COUNT] = lambda request, really: hex(int(really(), 16) + (request["params"][1] == "pending"))
+    problem = code_of(line.open().transfer_gas, line.again(), HEAP, 5)
+    assert (problem.code, problem.facts["tx"]) == ("chain.timeout", first.facts["tx"])
+    assert line.proxy.asked.count(SEND) == 4  # the coin before, the first, once more, the dearer one
+
+    line.proxy.heal()  # and only now the first one comes into its block
+    assert line.open().transfer_gas(line.again(), HEAP, 5) == first.facts["tx"]
     assert (line.heap(), line.sent(), line.noted()) == (5, 1, [])
 
 
@@ -405,6 +431,19 @@ def test_too_little_gas_is_said_before_anything_is_sent(line):
     assert problem.code == "money.insufficient"
     assert SEND not in line.proxy.asked
     assert client.gas_balance(poor.address) == 30_000
+
+
+def test_one_that_is_refused_for_ever_makes_nobody_forget_another(tmp_path):
+    journal = Journal(tmp_path, 1, HEAP)
+    other, tries = Sent("0xaa", 5, "0x01"), [Sent("0xbb", 6, f"0x{number:04x}") for number in range(100)]
+    journal.add(other)
+    for one in tries:
+        journal.add(one)
+    assert journal.find("0xaa") == [other]
+    kept = journal.find("0xbb")
+    assert (kept[0], kept[1], kept[-1], len(kept)) == (tries[-1], tries[-2], tries[0], 16)
+    journal.end(6)
+    assert (journal.find("0xbb"), journal.find("0xaa")) == ([], [other])
 
 
 def test_a_note_that_cannot_be_read_stops_before_it_costs(line):

@@ -244,6 +244,30 @@ def test_somebody_at_a_terminal_is_asked(desk):
     assert not (desk.home / "wallet.json").exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+def test_somebody_who_types_nothing_but_an_end_gets_no_wallet(desk):
+    code, said = desk.typed("wallet", "new", answers=["\x04"])
+    assert (code, "error[wallet.locked]" in said, "Traceback" in said) == (7, True, False), said
+    assert not (desk.home / "wallet.json").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell closes the streams")
+def test_nobody_is_asked_through_a_stream_that_is_closed(desk):
+    python, *module = desk.command
+    desk.command = ["sh", "-c", 'exec "$0" "$@" <&-', python, *module]
+    desk.run("wallet", "import", "-", "--json").failed_as("usage.file", 2)
+    assert desk.answer("wallet", "new")["password"] == "none"
+    desk.command = ["sh", "-c", 'exec "$0" "$@" 2>&-', python, *module]
+    assert desk.run("wallet", "backup", "copy.json", "--json").document["error"]["code"] == "wallet.locked"
+
+
+def test_a_home_of_nobody_is_no_place_for_a_file(desk):
+    desk.run("wallet", "import", "~nobody-at-all/key", "--json").failed_as("usage.file", 2)
+    desk.run("wallet", "new", "--home", "~nobody-at-all/x", "--json").failed_as("usage.file", 2)
+    desk.answer("wallet", "new")
+    desk.run("wallet", "backup", "~nobody-at-all/copy.json", "--json").failed_as("usage.file", 2)
+
+
 SAYING = """
 import io, json, os, pathlib, sys
 from trainchain.cli.main import run_command

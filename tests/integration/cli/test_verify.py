@@ -421,8 +421,10 @@ def test_receipts_of_the_hub_before_still_count(town: Town, desk: Desk) -> None:
     town.clock.forward(job.recipe.pay.grace + 1)
 
     said = desk.verify(job)
+    town.chain.propose_hub(job.owner.wallet, job.id, town.keys.address)
+    back = desk.verify(job)
 
-    assert (waiting.code, said.code) == (0, 0), said.err
+    assert (waiting.code, said.code, back.code) == (0, 0, 0), said.err + back.err
 
 
 def test_a_private_job_is_for_those_who_may_read_it(town: Town, desk: Desk) -> None:

@@ -1,5 +1,7 @@
 """What a worker has in hand before any settlement: its place in the queue, its voucher; and claims sent by the hub."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from trainchain.chain.settlement import check_against_chain, proof_for
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import schema
 from trainchain.core.hub.cashier import LOOK_SECONDS
-from trainchain.core.hub.relay import WAIT_SECONDS
+from trainchain.core.hub.relay import MAX_AT_ONCE, WAIT_SECONDS
 from trainchain.core.models import ResolvedRecipe, Voucher
 from trainchain.core.rewards import VESTING, round_price, shard_reward
 
@@ -250,6 +252,30 @@ def test_a_relayed_claim_pays_its_account_and_no_gas_of_its(
     assert post(town, item).json()["code"] == "claim.nothing", "what was not sent does not count"
 
 
+def test_claims_that_wait_for_a_slow_chain_leave_the_hub_to_others(
+    town: Town, settled: tuple[Job, Person, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, item = settled
+    strangers = [{**item, "account": f"0x{number:040x}"} for number in range(1, MAX_AT_ONCE + 2)]
+    begun, go = threading.Semaphore(0), threading.Event()
+
+    def slowly(_: Any) -> Any:
+        begun.release()
+        assert go.wait(60)
+        raise TrainChainError("chain.timeout", "No block came.")
+
+    with ThreadPoolExecutor() as pool, monkeypatch.context() as patch:
+        patch.setattr(town.port, "claim_many", slowly)
+        waiting = [pool.submit(post, town, stranger) for stranger in strangers[:MAX_AT_ONCE]]
+        for _ in waiting:
+            assert begun.acquire(timeout=60)
+        more = post(town, strangers[-1])
+        go.set()
+        assert [answer.result().json()["code"] for answer in waiting] == ["chain.timeout"] * MAX_AT_ONCE
+    assert (more.status_code, more.json()["code"]) == (429, "claim.too_often")
+    assert post(town, item).json()["paid"] == [item["cumulative"]]
+
+
 def test_a_bad_item_does_not_keep_the_others_from_being_paid(
     town: Town, settled: tuple[Job, Person, dict[str, Any]], anna: Person
 ) -> None:
@@ -263,6 +289,8 @@ def test_a_bad_item_does_not_keep_the_others_from_being_paid(
 
     assert answer["paid"] == ["0", item["cumulative"]]
     assert town.chain.token_balance(town.token, who.address) == int(item["cumulative"])
+    assert post(town, item).json()["code"] == "claim.too_often"
+    assert post(town, forged).json()["code"] == "claim.nothing", "who was not paid need not wait"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from trainchain.chain.escrow import connect
 from trainchain.chain.provider import HttpProvider, mask
+from trainchain.cli.devnet import devnet
 from trainchain.core.errors import TrainChainError
 
 SECRET = "a1b2c3-secret-key"
@@ -63,6 +64,23 @@ def test_an_address_of_no_known_kind(address, tmp_path):
     with pytest.raises(TrainChainError) as caught:
         connect(address, home=tmp_path, timeout=1, retries=0)
     assert (caught.value.code, caught.value.exit_code) == ("chain.unknown", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_holds_no_chain_is_left_as_it_is(tmp_path):
+    path = tmp_path / "chain" / "x.sqlite"
+    path.parent.mkdir()
+    path.write_bytes(b"no chain at all " * 100)
+    problem, _ = problem_of("embedded:x", home=tmp_path)
+    assert (problem.code, str(path) in problem.message) == ("chain.wrong", True)
+    assert path.read_bytes() == b"no chain at all " * 100
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "x.y", "a" * 65])
+def test_the_devnet_command_takes_no_other_names_than_a_hub_does(name, tmp_path):
+    with pytest.raises(TrainChainError) as caught:
+        devnet(name=name, port=0, home=tmp_path, json_=False)
+    assert caught.value.code == "chain.unknown"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -140,7 +158,7 @@ class Endless(BaseHTTPRequestHandler):
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(200)
+        self.send_response(self.server.status)
         for name, value in self.server.headers.items():
             self.send_header(name, value)
         self.end_headers()
@@ -157,7 +175,7 @@ class Endless(BaseHTTPRequestHandler):
 @pytest.fixture
 def endless():
     made = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
-    made.headers, made.hung_up, made.daemon_threads = {}, threading.Event(), True
+    made.status, made.headers, made.hung_up, made.daemon_threads = 200, {}, threading.Event(), True
     thread = threading.Thread(target=made.serve_forever, args=(0.01,))
     thread.start()
     yield made
@@ -171,6 +189,16 @@ def test_an_answer_without_end_is_not_read_to_the_end(endless):
     problem, naps = problem_of(url(endless))
     assert (problem.code, naps) == ("chain.wrong", [])
     assert "more than 33554432 bytes" in problem.message
+    assert endless.hung_up.wait(20)
+
+
+@pytest.mark.parametrize("status", [301, 307])
+def test_nobody_is_followed_elsewhere(endless, server, status):
+    server.answers = [(200, b'{"jsonrpc": "2.0", "id": 0, "result": "0x1"}')]
+    endless.status, endless.headers = status, {"Location": f"http://127.0.0.1:{server.server_address[1]}/"}
+    endless.pieces = lambda: iter(lambda: b" " * (1 << 20), None)
+    problem, naps = problem_of(url(endless))
+    assert (problem.code, naps, server.asked) == ("chain.wrong", [], 0)
     assert endless.hung_up.wait(20)
 
 

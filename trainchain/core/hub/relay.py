@@ -15,6 +15,8 @@ MAX_ITEMS = 50
 MAX_PROOF = 64
 WAIT_SECONDS = 60.0
 """Between two relayed claims of an account: the gas is the operator's."""
+MAX_AT_ONCE = 4
+"""Each holds one of the hub's threads until its block comes: enough must be left for leases and contributions."""
 
 
 class ClaimItem(Model):
@@ -46,13 +48,15 @@ def relay(hub: Hub, asked: Claims) -> dict[str, Any]:
     if not paying:
         raise TrainChainError("claim.nothing", "None of these leaves pays anything: they are paid, or not valid.")
     _insist_waited(hub, paying, mark=True)
+    unpaid = {claim.account.lower() for claim in paying}
     try:
         tx, amounts = hub.chain.claim_many(paying)
-    except BaseException:
+        unpaid -= {claim.account.lower() for claim, amount in zip(paying, amounts, strict=True) if amount}
+    finally:
         with hub.relay_lock:
-            for claim in paying:
-                hub.relayed.pop(claim.account.lower(), None)
-        raise
+            hub.relaying -= 1
+            for account in unpaid:
+                hub.relayed.pop(account, None)
     paid = {(claim.job, claim.account, claim.cumulative): pay for claim, pay in zip(paying, amounts, strict=True)}
     return {"tx": tx, "paid": [str(paid.pop((i.job, i.account, i.cumulative), 0)) for i in asked.items]}
 
@@ -69,9 +73,13 @@ def _earned(hub: Hub, claims: Sequence[Claim]) -> set[tuple[str, str]]:
 
 
 def _insist_waited(hub: Hub, claims: Sequence[Claim], *, mark: bool = False) -> None:
-    """Raises `claim.too_often`; with `mark` the wait begins anew."""
+    """Raises `claim.too_often`; with `mark` one more is on its way, and the wait begins anew."""
     accounts, now = {claim.account.lower() for claim in claims}, hub.clock()
     with hub.relay_lock:
+        if hub.relaying >= MAX_AT_ONCE:
+            raise TrainChainError(
+                "claim.too_often", f"{hub.relaying} claims are on their way already.", hint="Try again in a minute."
+            )
         hub.relayed = {who: at for who, at in hub.relayed.items() if now < at + WAIT_SECONDS}
         if early := accounts & set(hub.relayed):
             account = min(early)
@@ -81,3 +89,4 @@ def _insist_waited(hub: Hub, claims: Sequence[Claim], *, mark: bool = False) -> 
             )
         if mark:
             hub.relayed |= dict.fromkeys(accounts, now)
+            hub.relaying += 1

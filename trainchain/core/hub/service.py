@@ -136,6 +136,8 @@ class Hub:
     relay_lock: threading.Lock = field(default_factory=threading.Lock)
     relayed: dict[str, float] = field(default_factory=dict)
     """When the last claim of an account was sent."""
+    relaying: int = 0
+    """How many are being sent."""
     looked: dict[str, float] = field(default_factory=dict)
     """When the escrow of a running job was last looked at."""
     bell: Bell = field(default_factory=Bell)
