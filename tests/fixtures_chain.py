@@ -1,13 +1,16 @@
 """A small world on a chain: an owner with tokens, a hub, workers, and jobs between them."""
 
+import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +22,10 @@ from trainchain.chain.wallet import Wallet
 from trainchain.core.errors import TrainChainError
 
 COIN = 10**18
+NOT_INSTALLED = "nobody ran npm install in tests/integration/chain/js."
 GOLDEN = Path(__file__).parent / "golden"
+JS = Path(__file__).parent / "integration" / "chain" / "js"
+"""Where `npm install` puts anvil, ethers, viem and OpenZeppelin's trees."""
 # The first of the keys that every development node prints when it starts.
 ANVIL_KEY = "0xac0974bec39a17e36ba4a6b4d238ff944bacb478cbed5efcae784d7bf4f2ff80"
 
@@ -60,7 +66,8 @@ class World:
         return self.client.create_job(self.owner, self.params(**changes), amount).job_id
 
     def leaves(self, job_id, round, amounts) -> settlement.Leaves:
-        return settlement.Leaves(job_id, round, {who.address: amount for who, amount in amounts.items()})
+        amounts = {who.address: amount for who, amount in amounts.items()}
+        return settlement.read_leaves(settlement.leaves_file(job_id, round, amounts))
 
     def settle(self, job_id, round, amounts, *, total=None, wallet=None) -> settlement.Leaves:
         leaves = self.leaves(job_id, round, amounts)
@@ -137,18 +144,30 @@ class running:
 
 
 @contextmanager
-def anvil() -> Iterator[ChainClient]:
+def anvil(*, chain_id: int = 990_011, time: int = 1_800_000_000) -> Iterator[ChainClient]:
     """A node that is not ours; its time, too, moves only when a test says so."""
-    binary = os.environ.get("TRAINCHAIN_ANVIL")
+    installed = next((JS / "node_modules" / "@foundry-rs").glob("anvil-*/bin/anvil*"), "")
+    binary = os.environ.get("TRAINCHAIN_ANVIL") or str(installed)
     if not binary:
-        pytest.skip("TRAINCHAIN_ANVIL does not name an anvil binary")
+        pytest.skip(f"There is no anvil: TRAINCHAIN_ANVIL names none, and {NOT_INSTALLED}")
     port = free_port()
-    command = [binary, "--port", str(port), "--silent", "--chain-id", "990011", "--timestamp", "1800000000"]
+    command = [binary, "--port", str(port), "--silent", "--chain-id", str(chain_id), "--timestamp", str(time)]
     with running(command):
         client = connect(f"http://127.0.0.1:{port}", timeout=5, retries=8)
         client.w3.provider.make_request("anvil_setBlockTimestampInterval", [0])
         yield client
         client.close()
+
+
+def script(name: str, asked: Any, *, needs: str) -> Any:
+    """What a script of `js/` answers; it uses the package that it needs, and nothing of ours."""
+    node = shutil.which("node")
+    if node is None or not (JS / "node_modules" / needs).is_dir():
+        pytest.skip(f"There is no {needs}: " + ("node is not here." if node is None else NOT_INSTALLED))
+    command = [node, str(JS / name)]
+    found = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
 
 
 def free_port() -> int:

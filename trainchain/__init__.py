@@ -1,3 +1,3 @@
 """TrainChain: fine-tune an open model on other people's GPUs, pay for the work that stands up to checking."""
 
-__version__ = "0.5.1"
+__version__ = "0.6.0"

@@ -1,9 +1,10 @@
 """Leases, expiries and contributions in any order, in time and late: whatever happens, a shard is lent, accepted and
 paid once, and no settlement asks more of the escrow than it gives."""
 
+import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from trainchain.core.adapter import adapter_bytes
 from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import cashier, contributions, jobs, leases, rounds, schema
+from trainchain.core.hub import vouchers as hub_vouchers
 from trainchain.core.hub.jobs import Publication
-from trainchain.core.hub.service import EscrowJob, Hub, Settled
+from trainchain.core.hub.service import Claim, EscrowJob, Hub, Settlement
 from trainchain.core.hub.store import Store
 from trainchain.core.models import SignedContribution
 from trainchain.core.objects import ObjectStore, Spool
-from trainchain.core.rewards import job_price, round_cap, round_price, shard_reward
+from trainchain.core.rewards import VESTING, Terms, job_price, recount, round_cap, round_price, shard_reward, totals
 from trainchain.core.seal import ExchangeKey
 
 WORKERS = [Wallet(bytes([number]) * 32) for number in (1, 2, 3)]
@@ -51,16 +53,50 @@ class Notary:
     address = keys.address
     domain = eip712.Domain(chain_id, escrow)
 
+    relays = True
+
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.settled: dict[int, dict[str, int]] = {}
         self.terms: dict[str, Any] = {}
+        self.claimed: dict[str, int] = {}
+        self.advanced: dict[str, int] = {}
+        """What vouchers have paid each worker, and the part of it that no leaf has counted yet."""
+        self.away = False
 
     def job_id(self, owner: str, salt: str) -> str:
         return salt
 
     def job(self, job_id: str) -> EscrowJob:
-        return EscrowJob(owner=OWNER, token=self.token, hub=self.address, halted=False, **self.terms)
+        self._insist()
+        money = {
+            "free": self.free(),
+            "advances": sum(self.advanced.values()),
+            "pending_at": 0,
+            "round": max(self.settled, default=0),
+        }
+        return EscrowJob(owner=OWNER, token=self.token, hub=self.address, halted=False, **money, **self.terms)
+
+    def total(self) -> int:
+        return sum(self.leaves().values())
+
+    def leaves(self) -> dict[str, int]:
+        return self.settled[max(self.settled)] if self.settled else {}
+
+    def free(self) -> int:
+        """What is neither in the last root nor advanced by a voucher."""
+        return int(self.terms["funded"]) - self.total() - sum(self.advanced.values())
+
+    def redeem(self, account: str, cumulative: int) -> None:
+        """As the escrow does it: all of it or nothing, from what is free."""
+        paid = cumulative - self.claimed.get(account, 0)
+        if 0 < paid <= self.free():
+            self.claimed[account] = cumulative
+            self.advanced[account] = self.advanced.get(account, 0) + paid
+
+    def _insist(self) -> None:
+        if self.away:
+            raise TrainChainError("chain.unreachable", "The chain is away.")
 
     def recover(self, kind: str, message: Mapping[str, Any], signature: str) -> str:
         return eip712.recover(self.domain, kind, message, signature)
@@ -71,17 +107,33 @@ class Notary:
     def sign(self, kind: str, message: Mapping[str, Any]) -> str:
         return eip712.sign(self.domain, kind, message, self.keys)
 
-    def settle(self, job_id: str, round_: int, amounts: Mapping[str, int]) -> Settled:
-        assert round_ not in self.settled, "a round is settled once"
-        last = max(self.settled, default=0)
-        before = self.settled.get(last, {})
-        assert round_ > last
-        raised = sum(amounts.values()) - sum(before.values())
-        assert raised <= self.terms["round_cap"] * (round_ - last), "RoundCapExceeded"
-        assert sum(amounts.values()) <= self.terms["funded"], "NotCovered"
-        assert all(amounts.get(worker, 0) >= amount for worker, amount in before.items()), "no leaf falls"
-        self.settled[round_] = dict(amounts)
-        return Settled("0x" + "44" * 32, sum(amounts.values()), repr(amounts).encode(), "0x" + "55" * 32)
+    def settlement(self, job_id: str, terms: Terms, amounts: Mapping[str, int]) -> Settlement:
+        leaves = json.dumps({"number": terms.number, "amounts": amounts}).encode()
+        return Settlement("0x" + "44" * 32, sum(amounts.values()), leaves)
+
+    def settle(self, job_id: str, number: int, leaves: bytes) -> str:
+        self._insist()
+        amounts, before = json.loads(leaves)["amounts"], self.leaves()
+        if self.settled.get(number) != amounts:  # an answer that was lost is found again
+            assert number > max(self.settled, default=0), "a round is settled once"
+            raised = sum(amounts.values()) - sum(before.values())
+            assert 0 < raised <= self.terms["round_cap"], "RoundCapExceeded"
+            assert raised <= self.free(), "NotCovered"
+            assert all(amounts.get(worker, 0) >= amount for worker, amount in before.items()), "no leaf falls"
+            self.settled[number] = amounts
+        return "0x" + "55" * 32
+
+    def claim_many(self, claims: Sequence[Claim]) -> tuple[str | None, list[int]]:
+        raise NotImplementedError
+
+    def count_advances(self, job_id: str, leaves: bytes) -> str | None:
+        """A leaf counts what a voucher paid: it is reserved once again."""
+        self._insist()
+        for account, amount in self.leaves().items():
+            advanced = self.advanced.get(account, 0)
+            by_leaf = self.claimed.get(account, 0) - advanced
+            self.advanced[account] = advanced - min(max(0, amount - by_leaf), advanced)
+        return "0x" + "66" * 32
 
     def drip(self, address: str, tokens: int) -> dict[str, str]:
         raise NotImplementedError
@@ -95,8 +147,8 @@ class Notary:
 
 class HubLaws(RuleBasedStateMachine):
     @initialize(
-        number=st.integers(1, 3),
-        shards=st.integers(1, 4),
+        number=st.integers(1, 5),
+        shards=st.integers(1, 6),
         quorum=st.sampled_from([0.25, 0.5, 1.0]),
         spares=st.sampled_from([0.0, 0.5, 1.0]),
         funded=st.sampled_from([0.5, 0.8, 1.0]),
@@ -235,6 +287,19 @@ class HubLaws(RuleBasedStateMachine):
     def settle(self) -> None:
         cashier.tick(self.hub)
 
+    @rule(away=st.booleans())
+    def the_chain_comes_and_goes(self, away: bool) -> None:
+        self.chain.away = away
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def redeem(self, worker: Wallet) -> None:
+        for row in self._rows(schema.vouchers):
+            if row["account"] == worker.address and self.clock() <= self.recipe_end():
+                self.chain.redeem(worker.address, row["cumulative"])
+
+    def recipe_end(self) -> float:
+        return float(self.chain.terms["deadline"] + self.chain.terms["grace"])
+
     @rule()
     def restart(self) -> None:
         """All but the folder is new."""
@@ -262,12 +327,31 @@ class HubLaws(RuleBasedStateMachine):
     def every_acceptance_is_paid_once(self) -> None:
         assert self.receipts == {place: reward for place, (_, _, _, reward) in self._accepted().items()}
         assert self.receipts == {place: shard_reward(self.recipe, *place) for place in self.receipts}
-        owed = cashier.amounts(self.hub, self.job, self.recipe.rounds)
+        rows, _ = cashier.earned(self.hub, self.job)
+        owed = totals(rows)
         assert sum(owed.values()) == sum(self.receipts.values()) == jobs.owed(self.hub, self.job)
+        sent = [row for row in self._rows(schema.settlements) if row["tx"]]
+        terms = [Terms(row["round"], row["ended"], row["limit"]) for row in sorted(sent, key=lambda row: row["round"])]
+        assert (recount(rows, terms) or [{}])[-1] == self.chain.leaves(), "anyone can recompute what was settled"
         state = self.hub.job(self.job)["state"]
+        vouchers = {row["account"]: row["cumulative"] for row in self._rows(schema.vouchers)}
         if state in ("settled", "closed"):
-            last = self.chain.settled[max(self.chain.settled)] if self.chain.settled else {}
-            assert last == owed, "who holds a receipt is in the last settlement"
+            assert vouchers == owed, "who holds a receipt has it vouched for"
+            late = self.clock() > self.recipe_end() or self.chain.free() < max(row.amount for row in rows)
+            assert self.chain.leaves() == owed or late, "and in the last settlement"
+
+    @invariant()
+    def vouchers_promise_what_has_vested(self) -> None:
+        rows, _ = cashier.earned(self.hub, self.job)
+        over = hub_vouchers.ended(self.hub, self.hub.job(self.job))
+        for row in self._rows(schema.vouchers):
+            mine = sorted((one for one in rows if one.worker == row["account"]), key=lambda one: one.place)
+            ripe = sum(one.amount for one in mine[: max(0, len(mine) - VESTING)])
+            every = sum(one.amount for one in mine)
+            assert row["cumulative"] in ((ripe, every) if over else (ripe,))
+        for worker in {one.worker for one in rows}:
+            places = sorted(one.place for one in rows if one.worker == worker)
+            assert places == list(range(1, len(places) + 1))
 
     @invariant()
     def the_escrow_covers_all_that_may_still_come(self) -> None:

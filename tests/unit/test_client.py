@@ -1,5 +1,6 @@
 """The hub's client against servers that are away, are no hub, fail, forget a session, or lie."""
 
+import gzip
 import json
 import socket
 import threading
@@ -384,3 +385,22 @@ def test_a_small_object_is_checked_too(server: Server, client: HubClient) -> Non
     assert client.object(digest) == b"good"
     assert failure(client.object, digest).code == "object.digest"
     assert failure(client.object, digest, cap=3).code == "object.digest"
+
+
+def test_an_answer_beyond_all_measure_is_not_read_to_its_end(
+    server: Server, client: HubClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a small one that unpacks to one."""
+    monkeypatch.setattr("trainchain.core.client.MAX_DOCUMENT", 1000)
+    packed = gzip.compress(b" " * 10**6)
+    server.answers["/v1/jobs"] = [
+        (200, b" " * 1001, {}),
+        (200, packed, {"content-encoding": "gzip"}),
+        (500, packed, {"content-encoding": "gzip"}),
+        (200, b" " * 998 + b"{}", {}),
+    ]
+
+    for _ in range(3):
+        assert failure(client.get, "/v1/jobs").code == "hub.not_a_hub"
+    assert client.get("/v1/jobs") == {}
+    assert len(packed) < 2000

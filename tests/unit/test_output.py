@@ -66,6 +66,20 @@ def test_events_are_lines_for_programs_and_talk_for_people(capsys: pytest.Captur
     assert said(capsys) == ('{"event": "leased"}\n', "leased a shard\n")
 
 
+def test_an_answer_can_come_piece_by_piece_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    Output(json_mode=True).line("one")
+    Output(json_mode=False).line("two \x1b[2J")
+
+    assert said(capsys) == ("two \\x1b[2J\n", "")
+
+
+def test_what_was_found_before_a_failure_stands_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    Output(json_mode=True).error(TrainChainError("verify.root", "No."), steps=[1])
+
+    told = {"code": "verify.root", "message": "No.", "hint": ""}
+    assert json.loads(said(capsys)[0]) == {"ok": False, "error": told, "steps": [1]}
+
+
 def test_a_failure_is_a_document_too(capsys: pytest.CaptureFixture[str]) -> None:
     error = TrainChainError("job.unknown", "No such job.", hint="trainchain jobs ls")
 

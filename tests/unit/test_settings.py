@@ -1,5 +1,9 @@
 """This machine's settings: which flag, variable or default wins, and sizes as people write them."""
 
+import os
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainchain.core.errors import TrainChainError
-from trainchain.core.settings import DEFAULT_CACHE_CAP, Settings, parse_size, show_size
+from trainchain.core.settings import DEFAULT_CACHE_CAP, Settings, parse_size, show_size, write_private
 
 
 @pytest.mark.parametrize(
@@ -66,3 +70,42 @@ def test_the_cache_s_cap_is_the_flag_s_then_the_variable_s_then_the_default(monk
     with pytest.raises(TrainChainError) as caught:
         Settings.load()
     assert "TRAINCHAIN_CACHE_CAP" in caught.value.message
+
+
+FULL = """
+import pathlib, resource, signal, sys
+from trainchain.core.settings import write_private
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+try:
+    write_private(pathlib.Path(sys.argv[1]), b"x" * 100)
+except OSError:
+    print("refused")
+"""
+"""As on a disk that is full: no file may grow beyond ten bytes."""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows limits no file's size")
+def test_a_file_that_finds_no_room_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "receipt.json"
+    write_private(path, b"old")
+
+    said = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, check=True)
+
+    assert said.stdout == "refused\n"
+    assert [found.name for found in tmp_path.iterdir()] == ["receipt.json"]
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows opens no folder")
+def test_a_new_name_is_on_disk_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, really = [], os.fsync
+
+    def watched(handle: int) -> None:
+        synced.append((stat.S_ISDIR(os.fstat(handle).st_mode), (tmp_path / "x").exists()))
+        really(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    write_private(tmp_path / "x", b"1")
+
+    assert synced == [(False, False), (True, True)]

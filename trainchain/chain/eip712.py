@@ -49,6 +49,7 @@ TYPES: dict[str, list[tuple[str, str]]] = {
         ("address", "worker"),
         ("bytes32", "deltaHash"),
         ("uint128", "amount"),
+        ("uint64", "place"),
     ],
     # Who signs it can read what is wrapped for this X25519 key (core/seal.py).
     "ExchangeKey": [("address", "account"), ("bytes32", "publicKey")],

@@ -54,6 +54,7 @@ class ChainClient(TokenClient):
         first_block: int = 0,
         patience: float = 120.0,
         sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._provider = provider
         self.node = provider.node if isinstance(provider, EmbeddedProvider) else None
@@ -62,7 +63,7 @@ class ChainClient(TokenClient):
             self.token, escrow = self.node.recall("token"), self.node.recall("escrow")
         # Without web3's middleware: no name service, and a block's odd extra data is the chain's own business.
         w3 = Web3(provider, middleware=[])
-        super().__init__(w3, escrow=escrow, first_block=first_block, patience=patience, sleep=sleep)
+        super().__init__(w3, escrow=escrow, first_block=first_block, patience=patience, sleep=sleep, clock=clock)
 
     def now(self) -> int:
         """The chain's time: an embedded chain's clock, else the newest block's timestamp."""
@@ -94,11 +95,15 @@ class ChainClient(TokenClient):
                 factory = self.w3.eth.contract(abi=artifact.abi, bytecode=artifact.bytecode)
                 self._sender.send(wallet, factory.constructor(*arguments))
         # Looked up again, so that two that deploy at once agree on the older ones.
-        made = Deployment(self._made_by(wallet.address, "TrainToken"), self._made_by(wallet.address, "TrainEscrow"))
+        made = self.deployed_by(wallet.address)
         self.token, self.escrow = made.token, made.escrow
         if self.node is not None:
             self.node.remember(token=made.token, escrow=made.escrow)
         return made
+
+    def deployed_by(self, address: str) -> Deployment:
+        """What an account put on this chain with `deploy`; "" for what it did not."""
+        return Deployment(self._made_by(address, "TrainToken"), self._made_by(address, "TrainEscrow"))
 
     def create_job(self, wallet: Wallet, params: JobParams, amount: int) -> JobCreated:
         """Open a job and pay `amount` into it: one transaction where the token has our permit, else two.
@@ -119,12 +124,14 @@ class ChainClient(TokenClient):
         return JobCreated(to_hex(bytes(made["jobId"])), hash_of(receipt))
 
     def fund(self, wallet: Wallet, job_id: str, amount: int) -> str:
-        """Pay more into a job. Every call pays."""
-        permit = self._permission(wallet, self.job(job_id).token, amount)
+        """Pay more into a job. Every call pays, but one that finishes a call whose answer was lost."""
         contract = self._contract()
-        if permit is None:
-            call = contract.functions.fund(bytes32(job_id), amount)
-        else:
+        call = contract.functions.fund(bytes32(job_id), amount)
+        again = self._sender.again(wallet, call)
+        if again is not None:
+            return hash_of(again)
+        permit = self._permission(wallet, self.job(job_id).token, amount)
+        if permit is not None:
             call = contract.functions.fundWithPermit(bytes32(job_id), amount, *permit)
         return self._send(wallet, call)
 
@@ -178,16 +185,18 @@ class ChainClient(TokenClient):
         """Have many leaves paid in one transaction, each to its account; one that cannot be paid counts 0."""
         if not items:
             return None, []
-        packed = [
-            (bytes32(one.job_id), checksum(one.account), one.cumulative, [bytes32(node) for node in one.proof])
-            for one in items
-        ]
+        packed = _items(items)
         receipt = self._sender.send(wallet, self._contract().functions.claimMany(packed))
         paid = {
             (bytes(log["jobId"]), log["account"], log["cumulative"]): int(log["amount"])
             for log in self._events(receipt, "Claimed")
         }
         return hash_of(receipt), [paid.pop(item[:3], 0) for item in packed]
+
+    def would_pay(self, items: Sequence[ClaimItem]) -> list[int]:
+        """What each item of `claim_many` would be paid at this moment; nothing is sent."""
+        with telling():
+            return [int(amount) for amount in self._contract().functions.claimMany(_items(items)).call()]
 
     def claim_to(self, wallet: Wallet, message: dict[str, Any], proof: Sequence[str], signature: str) -> Paid:
         """Have a leaf paid to another address. `message` is the ClaimTo that the account signed."""
@@ -216,7 +225,7 @@ class ChainClient(TokenClient):
         return self._send(wallet, call)
 
     def propose_hub(self, wallet: Wallet, job_id: str, hub: str) -> str:
-        """Name another hub; it takes over after the job's activation delay."""
+        """Name another hub; it takes over after the job's grace time."""
         call = self._contract().functions.proposeHub(bytes32(job_id), checksum(hub))
         return self._send(wallet, call)
 
@@ -253,13 +262,11 @@ class ChainClient(TokenClient):
         return JobCreated(job_id, to_hex(bytes(logs[0]["transactionHash"]))) if logs else None
 
     def _made_by(self, deployer: str, name: str) -> str:
-        """The first contract of that name among the wallet's first transactions; "" where there is none."""
+        """The oldest contract of that name among the wallet's first transactions and its last; "" for none."""
         with telling():
             count = self.w3.eth.get_transaction_count(checksum(deployer))
-        for nonce in range(min(count, _SCAN)):
-            # CREATE's address: the hash of the RLP of [deployer, nonce]; below 128 a nonce is its own RLP.
-            place = b"\xd6\x94" + from_hex(deployer, 20) + (bytes([nonce]) if nonce else b"\x80")
-            address = checksum(to_hex(keccak(place)[12:]))
+        for nonce in sorted({*range(min(count, _SCAN)), *range(max(0, count - _SCAN), count)}):
+            address = _place(deployer, nonce)
             if self._is(name, address):
                 return address
         return ""
@@ -270,6 +277,21 @@ class ChainClient(TokenClient):
 
     def _paid(self, receipt: Any, event: str) -> Paid:
         return Paid(hash_of(receipt), sum(args["amount"] for args in self._events(receipt, event)))
+
+
+def _items(items: Sequence[ClaimItem]) -> list[tuple[bytes, str, int, list[bytes]]]:
+    return [
+        (bytes32(one.job_id), checksum(one.account), one.cumulative, [bytes32(node) for node in one.proof])
+        for one in items
+    ]
+
+
+def _place(deployer: str, nonce: int) -> str:
+    """CREATE's address: the hash of the RLP of [deployer, nonce]."""
+    number = nonce.to_bytes((nonce.bit_length() + 7) // 8, "big")
+    written = number if 0 < nonce < 128 else bytes([128 + len(number)]) + number
+    body = b"\x94" + from_hex(deployer, 20) + written
+    return checksum(to_hex(keccak(bytes([192 + len(body)]) + body)[12:]))
 
 
 def _packed(params: JobParams) -> tuple[Any, ...]:

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+from eth_abi.exceptions import DecodingError
+from eth_utils.abi import event_abi_to_log_topic
 from web3 import Web3
 from web3.exceptions import Web3Exception
 
 from trainchain.chain.artifacts import load
 from trainchain.chain.hexes import bytes32, checksum, is_address, to_hex
-from trainchain.chain.records import Claimed, JobOnChain, Settled
+from trainchain.chain.records import Claimed, Event, JobOnChain, Settled
 from trainchain.chain.transactions import telling
 from trainchain.core.errors import TrainChainError
 
@@ -153,6 +155,27 @@ class ChainReader:
             for log, voucher in found
         ]
 
+    def events(self, job_id: str) -> list[Event]:
+        """All that the escrow's log tells of a job, oldest first, asked for at once."""
+        contract = self._contract()
+        kinds = {
+            to_hex(event_abi_to_log_topic(entry)): entry["name"]
+            for entry in contract.abi
+            if entry["type"] == "event" and any(part["name"] == "jobId" for part in entry["inputs"])
+        }
+        query = {"address": contract.address, "topics": [list(kinds), to_hex(bytes32(job_id))]}
+
+        def ask(first: int, last: int) -> list[Any]:
+            return list(self.w3.eth.get_logs({**query, "fromBlock": first, "toBlock": last}))
+
+        try:
+            with telling():
+                found = _in_parts(ask, self.first_block, self.w3.eth.block_number)
+                found.sort(key=lambda log: (log["blockNumber"], log["logIndex"]))
+                return [_event(contract, kinds[to_hex(bytes(log["topics"][0]))], log) for log in found]
+        except (ValueError, TypeError, LookupError, DecodingError):
+            raise TrainChainError("chain.wrong", "The chain's log of the escrow cannot be read.") from None
+
     def _is(self, name: str, address: str) -> bool:
         if not is_address(address):
             return False
@@ -181,6 +204,12 @@ class ChainReader:
 
         with telling():
             return _in_parts(ask, self.first_block, self.w3.eth.block_number)
+
+
+def _event(contract: Any, name: str, log: Any) -> Event:
+    read = contract.events[name]().process_log(log)
+    args = {part: to_hex(bytes(value)) if isinstance(value, bytes) else value for part, value in read["args"].items()}
+    return Event(name, args, to_hex(bytes(read["transactionHash"])), read["blockNumber"])
 
 
 def _in_parts(ask: Callable[[int, int], list[Any]], first: int, last: int) -> list[Any]:

@@ -4,7 +4,7 @@ Hashes are 0x-hex, addresses checksummed, amounts in the token's units, times in
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -110,5 +110,15 @@ class Claimed:
     amount: int
     cumulative: int
     voucher: bool
+    tx: str
+    block: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """One entry of the contract's log about a job: its arguments by their names in the contract, bytes as 0x-hex."""
+
+    name: str
+    args: dict[str, Any]
     tx: str
     block: int

@@ -11,7 +11,7 @@ from trainchain.chain.merkle import MAX_AMOUNT, Tree
 from trainchain.core.digests import canonical_json, sha256
 from trainchain.core.errors import TrainChainError
 
-FORMAT = "trainchain.leaves/1"
+FORMAT = "trainchain.leaves/2"
 _AMOUNT = re.compile(r"[1-9]\d{0,38}")
 
 
@@ -32,11 +32,14 @@ class OnChain(Protocol):
 
 @dataclass(frozen=True)
 class Leaves:
-    """A leaves file, read: cumulative amounts by checksummed address."""
+    """A leaves file, read: cumulative amounts by checksummed address. `ended` and `limit` say by which rule they were
+    added up (`core.rewards.Terms`)."""
 
     job_id: str
     round: int
     amounts: dict[str, int]
+    ended: bool
+    limit: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class Settlement:
     data_hash: str
 
 
-def leaves_file(job_id: str, round: int, amounts: Mapping[str, int]) -> bytes:
+def leaves_file(
+    job_id: str, round: int, amounts: Mapping[str, int], *, ended: bool = False, limit: int = MAX_AMOUNT
+) -> bytes:
     """The one byte form of a settlement's cumulative amounts. Zero amounts are dropped."""
     tree = Tree({account: amount for account, amount in amounts.items() if amount != 0})
     return canonical_json(
@@ -56,6 +61,8 @@ def leaves_file(job_id: str, round: int, amounts: Mapping[str, int]) -> bytes:
             "format": FORMAT,
             "job": to_hex(bytes32(job_id)),
             "round": round,
+            "ended": ended,
+            "limit": str(limit),
             "leaves": [[account, str(tree.amounts[account])] for account in sorted(tree.amounts)],
         }
     )
@@ -67,10 +74,12 @@ def read_leaves(data: bytes) -> Leaves:
         found = json.loads(data)
         pairs = [(account, _amount(text)) for account, text in found["leaves"]]
         amounts = dict(pairs)
-        leaves = Leaves(found["job"], found["round"], amounts)
+        leaves = Leaves(found["job"], found["round"], amounts, found["ended"], _amount(found["limit"]))
+        if type(leaves.ended) is not bool:
+            raise ValueError("ended is neither true nor false")
         if type(leaves.round) is not int or leaves.round < 0 or found["format"] != FORMAT:
             raise ValueError("not a leaves file of this format")
-        if leaves_file(leaves.job_id, leaves.round, amounts) != data:
+        if leaves_file(leaves.job_id, leaves.round, amounts, ended=leaves.ended, limit=leaves.limit) != data:
             raise ValueError("not in canonical form")
     except TrainChainError:
         raise

@@ -9,17 +9,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainchain.cli import wiring
 from trainchain.core.errors import TrainChainError
 
 if TYPE_CHECKING:
     from trainchain.cli.output import Output
-    from trainchain.core.bundle import Accepted, Checks, Leaves
+    from trainchain.core.bundle import Checks
     from trainchain.core.client import HubClient
-    from trainchain.core.history import Chain, History, ToldRound
+    from trainchain.core.history import Accepted, Chain, History, ToldRound
     from trainchain.core.models import ResolvedRecipe
+    from trainchain.core.recount import Leaves
     from trainchain.core.settings import Settings
 
 ENDED = ("finished", "settled", "closed", "expired", "cancelled")
@@ -28,6 +29,7 @@ PULLED = "trainchain.json"
 """Stands in every folder that was pulled."""
 PULLING = ".pulling-"
 Document = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Merged:
         return self.round.round
 
 
-def as_reader(settings: Settings, out: Output, action: Callable[[HubClient], Document]) -> Document:
+def as_reader(settings: Settings, out: Output, action: Callable[[HubClient], T]) -> T:
     """Do something with the hub as nobody, and where it asks who that is, as this home's wallet.
 
     So a public job asks for no password; only its owner and its workers get a private one's adapter.
@@ -153,13 +155,13 @@ def assemble(client: HubClient, found: Merged, folder: Path, *, where: str | Non
     from trainchain.core.digests import sha256_file
 
     told = chain_told(client)
-    contributions = _contributions(client, found)
+    rows = _covered(client, found)
     leaves = {row.leaves: client.object(row.leaves) for row in found.history.settled(found.number)}
     _write_adapter(client, found, folder)
     text = card(found.recipe, found.history, told, found.number, where=where)
     (folder / CARD_FILE).write_text(text, encoding="utf-8", newline="\n")
     (folder / FOLDER).mkdir()
-    bundle = bundle_files(found.recipe, found.history, told, found.number, contributions, leaves)
+    bundle = bundle_files(found.recipe, found.history, told, found.number, rows, leaves)
     for name, data in bundle.items():
         (folder / FOLDER / name).write_bytes(data)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -233,7 +235,7 @@ def verify(folder: str | Path) -> Document:
     """
     from trainchain.core.bundle import check
 
-    manifest = check(Path(folder), _chain_checks())
+    manifest = check(Path(folder), chain_checks())
     return {
         "job": manifest.job,
         "round": manifest.round,
@@ -260,41 +262,52 @@ def _write_adapter(client: HubClient, found: Merged, folder: Path) -> None:
     write_peft_folder(folder, adapter, found.recipe, *base_name(found.recipe))
 
 
-def _contributions(client: HubClient, found: Merged) -> list[Accepted]:
-    """Every accepted contribution that the adapter was made of, or that is paid with its last round."""
-    from trainchain.core.bundle import Contributions
+def contributions(client: HubClient, job_id: str, recipe: ResolvedRecipe) -> list[Accepted]:
+    """Every accepted contribution that the hub tells of."""
+    from trainchain.core.history import Contributions
     from trainchain.core.models import parse
 
     rows: list[Accepted] = []
-    wanted = found.history.covered(found.number)
     after: Any = 0
     while after is not None:
-        page = client.get(f"/v1/jobs/{found.job}/contributions", signed=client.address is not None, after=after)
+        page = client.get(f"/v1/jobs/{job_id}/contributions", signed=client.address is not None, after=after)
         told = parse(Contributions, page, code="hub.not_a_hub", what="What the hub says of the contributions")
-        rows += [row for row in told.contributions if row.place in wanted]
+        rows += told.contributions
+        if len(rows) > recipe.rounds * recipe.all_shards:
+            raise TrainChainError("hub.not_a_hub", f"The hub tells of more contributions than job {job_id} has shards.")
         following = page.get("next") if told.contributions else None
         after = following if type(following) is int and following > after else None
-    if {row.place for row in rows} != wanted or len(rows) != len(wanted):
-        raise TrainChainError(
-            "hub.not_a_hub", f"The hub tells of {len(rows)} contributions, and the job has {len(wanted)} accepted ones."
-        )
     return rows
 
 
-def _chain_checks() -> Checks:
+def chain_checks() -> Checks:
     """How this chain's signatures and leaves files are read."""
     from trainchain.chain import eip712
     from trainchain.chain.settlement import read_leaves, settle_leaves
-    from trainchain.core.bundle import Checks, Leaves
+    from trainchain.core.bundle import Checks
+    from trainchain.core.recount import Leaves
+    from trainchain.core.rewards import Terms
 
     def recover(chain: Chain, kind: str, fields: Any, signature: str) -> str:
         return eip712.recover(eip712.Domain(chain.chain_id, chain.escrow), kind, fields, signature)
 
     def leaves(data: bytes) -> Leaves:
         read, made = read_leaves(data), settle_leaves(data)
-        return Leaves(read.job_id, read.round, made.root, made.total, read.amounts)
+        terms = Terms(read.round, read.ended, read.limit)
+        return Leaves(read.job_id, terms, made.root, made.total, read.amounts)
 
     return Checks(recover, leaves)
+
+
+def _covered(client: HubClient, found: Merged) -> list[Accepted]:
+    """Every accepted contribution that the adapter was made of, or that is paid with its last round."""
+    wanted = found.history.covered(found.number)
+    rows = [row for row in contributions(client, found.job, found.recipe) if row.which in wanted]
+    if {row.which for row in rows} != wanted or len(rows) != len(wanted):
+        raise TrainChainError(
+            "hub.not_a_hub", f"The hub tells of {len(rows)} contributions, and the job has {len(wanted)} accepted ones."
+        )
+    return rows
 
 
 def _listed(files: list[Document]) -> str:

@@ -21,13 +21,13 @@ def devnet(
       trainchain devnet
       trainchain devnet --port 0 --home ./chain --json
     """
-    from trainchain.chain.devnet.node import Devnet
     from trainchain.chain.devnet.server import make_server
+    from trainchain.chain.provider import open_devnet
     from trainchain.core.errors import TrainChainError
     from trainchain.core.settings import Settings
 
     out = Output(json_mode=json_)
-    node = Devnet(Settings.load(home).home / "chain" / f"{name}.sqlite")
+    node = open_devnet(name, Settings.load(home).home)
     try:
         server = make_server(node, port=port)
     except OSError as error:

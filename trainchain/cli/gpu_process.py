@@ -29,15 +29,19 @@ def serve(
     devices: str | None,
     checkpointing: bool,
     micro_tokens: int | None,
+    max_unsettled: str | None,
 ) -> None:
     """Work until stopped, or until `shards` are done. `devices` names GPUs; by default every one there is."""
+    from trainchain.cli import hubs
     from trainchain.core.worker import devices as gpus
     from trainchain.core.worker import fleet
     from trainchain.core.worker.agent import Worker
     from trainchain.core.worker.cache import Cache
     from trainchain.core.worker.child import Child, child_environment
+    from trainchain.core.worker.dues import Dues, Limit
     from trainchain.core.worker.keys import Exchange
 
+    limit = Limit() if max_unsettled is None else Limit.read(max_unsettled)
     named = gpus.chosen(devices) if devices else gpus.visible()
     used: list[str | None] = list(named) if devices or len(named) > 1 else [None]
     first, wallet = wiring.signed_client(settings, out)
@@ -48,6 +52,7 @@ def serve(
     def worker(device: str | None) -> Worker:
         client = first if device == used[0] else wiring.hub_client(settings, wallet)
         chain = wiring.chain_of(client)
+        hubs.remember(settings, client)
         told = client.info()["chain"]
         several = {} if len(used) == 1 else {"device": device}
 
@@ -67,7 +72,14 @@ def serve(
             Child(command, environment, log),
             sign=wiring.contribution_signer(wallet, chain),
             check_job=wiring.job_checker(chain, told),
-            check_receipt=wiring.receipt_checker(chain, told["hub"]),
+            dues=Dues(
+                client,
+                wiring.paybook_of(settings, wallet, chain, told["hub"]),
+                wiring.onlooker(settings, wallet, chain, client),
+                wiring.window_of(wallet, chain),
+                on_event,
+                limit=limit,
+            ),
             on_event=on_event,
             exchange=Exchange(key, signature, chain.chain_id),
             cache=Cache(settings.cache, cap=settings.cache_cap, on_event=on_event),
@@ -101,6 +113,14 @@ def describe(event: dict[str, Any]) -> str | None:
         case "evaluated":
             loss = "" if event["loss"] is None else f"  held-out loss {event['loss']:.4f}"
             return f"measured round {event['round']}{loss}"
+        case "unsettled":
+            return f"unsettled {event['message']} Looking again and again. {event['hint']}"
+        case "settled":
+            return f"settled  job {event['job'][:12]} is below the limit again"
+        case "redeem_soon":
+            return f"REDEEM   {event['message']} {event['hint']}"
+        case "doubt":
+            return f"doubt    job {event['job'][:12]}: {event['message']}"
         case "smaller":
             return f"smaller  it did not fit: {event['micro_tokens']:,} tokens at once from here on"
         case "failed":

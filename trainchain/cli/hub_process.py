@@ -36,6 +36,7 @@ def serve(
     escrow: str | None,
     token: str | None,
     public_chain: str | None,
+    relays: bool,
     evaluator_threads: int,
     with_parent: bool,
 ) -> None:
@@ -58,7 +59,7 @@ def serve(
     url = _url(bound)
     home = private_folder(settings.home)
     keys = wallet.load_or_create(home / "hub-wallet.json", settings.password() or "")
-    chain = open_hub_chain(chain_url, escrow, token, public_chain, home, keys)
+    chain = open_hub_chain(chain_url, escrow, token, public_chain, home, keys, relays=relays)
     evaluator_home = home / "evaluator"
     evaluators: frozenset[str] = frozenset()
     if evaluator_threads:

@@ -147,9 +147,7 @@ def describe(view: dict[str, Any]) -> str:
     for address, worker in view["workers"].items():
         lines.append(f"worker {address}  {worker['accepted']} accepted  {money.show(int(worker['reward']))} TRAIN")
     for row in view["settlements"]:
-        lines.append(
-            f"settled round {row['round']}  total {money.show(int(row['total']))} TRAIN  tx {short(row['tx'])}"
-        )
+        lines.append(f"settlement {row['round']}  total {money.show(int(row['total']))} TRAIN  tx {short(row['tx'])}")
     if money_held := view.get("money"):
         lines.append(
             "escrow  " + "  ".join(f"{name} {money.show(int(money_held[name]))}" for name in

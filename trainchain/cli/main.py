@@ -18,6 +18,7 @@ from trainchain.cli import (
     claim,
     data,
     devnet,
+    earnings,
     jobs,
     merge,
     pull,
@@ -27,6 +28,7 @@ from trainchain.cli import (
     serve_hub,
     submit,
     train,
+    verify,
     wallet,
 )
 from trainchain.cli.output import Output
@@ -63,6 +65,8 @@ app.command("pull")(pull.pull)
 app.command("push")(push.push)
 app.command("serve-gpu")(serve_gpu.serve_gpu)
 app.command("claim")(claim.claim)
+app.command("earnings")(earnings.earnings)
+app.command("verify")(verify.verify)
 app.command("serve-hub")(serve_hub.serve_hub)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)

@@ -218,10 +218,7 @@ def _wait_measured(
 def _claim(home: Path, hub_url: str, out: Output) -> Document:
     from trainchain.core.settings import Settings
 
-    settings = Settings(home, hub_url)
-    wallet = wiring.open_wallet(settings, out)
-    client = wiring.hub_client(settings, wallet)
-    return collect.claim_all(client, wiring.chain_of(client), wallet, collect.known_jobs(client, settings))
+    return collect.claim_all(Settings(home, hub_url), out)
 
 
 def _push(client: HubClient, job_id: str, folder: str, out: Output) -> Document:

@@ -20,6 +20,11 @@ class Output:
         """The answer: `text` for people and pipes, `document` for programs."""
         self._write(json.dumps({"ok": True, **document}) if self.json_mode else text)
 
+    def line(self, text: str) -> None:
+        """A part of an answer that comes piece by piece; with `json_mode` the one document says it all."""
+        if not self.json_mode:
+            self._write(_harmless(text))
+
     def event(self, event: dict[str, Any], text: str | None) -> None:
         """One line of a serving or watching command: JSON on stdout, or talk on stderr."""
         if self.json_mode:
@@ -34,11 +39,12 @@ class Output:
         if text:
             self.note(f"hint: {text}")
 
-    def error(self, error: TrainChainError) -> None:
+    def error(self, error: TrainChainError, **more: Any) -> None:
+        """A failure; `more` is what was found until then, for programs."""
         if self.json_mode:
             document = {"code": error.code, "message": error.message, "hint": error.hint}
             with contextlib.suppress(TrainChainError):  # stderr says it, too
-                self._write(json.dumps({"ok": False, "error": document}))
+                self._write(json.dumps({"ok": False, "error": document, **more}))
         self.note(f"error[{error.code}] {error.message}")
         self.hint(error.hint)
 
@@ -52,6 +58,10 @@ class Output:
                 sys.stdout.close()  # or the interpreter would try again at its end, and fail
             sys.stdout = None
             raise TrainChainError("disk.full", f"The answer cannot be written to stdout: {error.strerror}.") from None
+
+
+def _at_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
 
 
 def _print(text: str, stream: TextIO | None) -> None:
@@ -72,9 +82,9 @@ def _printable(text: str, encoding: str | None) -> str:
 
 def may_ask() -> bool:
     """Whether somebody sits at a terminal who can answer a question."""
-    return sys.stdin.isatty() and sys.stderr.isatty()
+    return _at_terminal(sys.stdin) and _at_terminal(sys.stderr)
 
 
 def fancy() -> bool:
     """Whether stderr is a terminal that takes colours and a live display."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ
+    return _at_terminal(sys.stderr) and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ

@@ -23,6 +23,10 @@ def serve_gpu(
     cache_cap: Annotated[
         str | None, typer.Option(metavar="SIZE", help="The most the cache may hold, as 200GB. Default: 100GB.")
     ] = None,
+    max_unsettled: Annotated[
+        str | None,
+        typer.Option(metavar="ROUNDS|AMOUNT", help="Pause while more than this is owed and not on chain. Default: 2."),
+    ] = None,
     home: Home = None,
     json_: JsonLines = False,
     with_parent: Annotated[bool, typer.Option("--until-stdin-closes", hidden=True)] = False,
@@ -34,6 +38,7 @@ def serve_gpu(
       trainchain serve-gpu --hub https://hub.example.org
       trainchain serve-gpu --hub http://127.0.0.1:7070 --shards 1 --json
       trainchain serve-gpu --devices 0,2 --checkpointing
+      trainchain serve-gpu --max-unsettled 12.5TRAIN
     """
     from trainchain.cli import gpu_process, parent
     from trainchain.core.settings import Settings
@@ -51,4 +56,5 @@ def serve_gpu(
         devices=devices,
         checkpointing=checkpointing,
         micro_tokens=micro_tokens,
+        max_unsettled=max_unsettled,
     )

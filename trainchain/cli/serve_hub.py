@@ -17,6 +17,7 @@ def serve_hub(
     public_chain: Annotated[
         str | None, typer.Option(metavar="URL", help="The RPC told to others. Default: --chain, if it holds no key.")
     ] = None,
+    relay: Annotated[bool, typer.Option(help="Send workers' claims with this hub's gas. Own chain: always.")] = False,
     evaluate: Annotated[bool, typer.Option(help="Measure the held-out loss in a child process.")] = True,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of that child.")] = 1,
     home: Home = None,
@@ -44,6 +45,7 @@ def serve_hub(
         escrow=escrow,
         token=token,
         public_chain=public_chain,
+        relays=relay,
         evaluator_threads=threads if evaluate else 0,
         with_parent=with_parent,
     )

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import time
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urljoin
 
-from trainchain.cli.output import Output, may_ask
+from trainchain.cli.hubs import place_of
+from trainchain.cli.output import Output
 from trainchain.core.errors import TrainChainError
 
 if TYPE_CHECKING:
@@ -25,38 +26,32 @@ if TYPE_CHECKING:
     from trainchain.core.client import HubClient
     from trainchain.core.seal import ExchangeKey
     from trainchain.core.settings import Settings
+    from trainchain.core.worker.dues import Closes, Look
+    from trainchain.core.worker.paybook import Paybook, Signed
 
 
 def open_wallet(settings: Settings, out: Output) -> Wallet:
-    """This home's wallet, made without a question where there is none (and said so).
+    """This home's wallet, made without a question where there is none; then it is said where it lies.
 
-    The password comes from TRAINCHAIN_PASSWORD_FILE, else is empty, else is asked for where somebody can answer.
+    The password comes from TRAINCHAIN_PASSWORD_FILE, else from the keyring where that is wanted, else is empty, else
+    is asked for where somebody can answer.
     """
-    from trainchain.chain import wallet
+    from trainchain.chain.wallet import Wallet
+    from trainchain.cli import passwords
 
-    password, path = settings.password(), settings.wallet_path
+    path = settings.wallet_path
     if not path.exists():
-        made = wallet.load_or_create(path, password or "")
-        out.note(
-            f"wallet   {short(made.address)} made in {friendly(path.parent)}" + ("" if password else ", no password")
-        )
-        return made
-    try:
-        return wallet.open(path, password or "")
-    except TrainChainError as error:
-        if error.code != "wallet.wrong_password":
-            raise
-        if password is not None:
-            raise TrainChainError(error.code, error.message, hint="Check TRAINCHAIN_PASSWORD_FILE.") from None
-        if not may_ask():
-            raise TrainChainError(
-                "wallet.locked",
-                f"The wallet at {path} has a password, and nobody can be asked for it.",
-                hint="TRAINCHAIN_PASSWORD_FILE=FILE names a file that holds it",
-            ) from None
-    import getpass
-
-    return wallet.open(path, getpass.getpass(f"Password of {path}: "))
+        try:
+            made, source = passwords.save(Wallet(secrets.token_bytes(32)), path, settings, ask=False)
+        except TrainChainError as error:
+            if error.code != "wallet.exists":  # another process was faster
+                raise
+        else:
+            kept = ", no password" if source == "none" else ""
+            out.note(f"wallet   {short(made.address)} made in {friendly(path.parent)}{kept}")
+            out.note(f"back up  {passwords.how_to_back_up(settings)}")
+            return made
+    return passwords.open_file(path, settings.password())[0]
 
 
 def address_in(path: Path) -> str | None:
@@ -104,19 +99,25 @@ def hub_client(settings: Settings, wallet: Wallet | None = None, *, attempts: in
     return HubClient(settings.hub, address=wallet.address, sign_in=sign, attempts=attempts or ATTEMPTS)
 
 
-def chain_of(client: HubClient) -> ChainClient:
-    """The chain a hub names, its id and the escrow's code checked before anything is believed or sent.
+def chain_of(client: HubClient, rpc: str | None = None) -> ChainClient:
+    """The chain a hub names, its id and the escrow's code checked before anything is believed or sent. With `rpc` it
+    is asked there, and not where the hub says.
 
     Raises `chain.wrong` where they are not what TrainChain ships.
     """
-    from trainchain.chain import escrow
+    place = place_of(client)
+    return chain_at(rpc or place.rpc, place.chain_id, place.escrow)
 
-    told = client.info()["chain"]
-    chain = escrow.connect(urljoin(client.url + "/", str(told["rpc"])), escrow=told["escrow"])
-    if chain.chain_id != told["chain_id"]:
+
+def chain_at(rpc: str, chain_id: int, escrow: str) -> ChainClient:
+    """The chain behind an RPC, where it is the one that it should be; see `chain_of`."""
+    from trainchain.chain import escrow as contract
+
+    chain = contract.connect(rpc, escrow=escrow)
+    if chain.chain_id != chain_id:
         raise TrainChainError(
             "chain.wrong",
-            f"The hub names chain {told['chain_id']}, and its RPC answers for chain {chain.chain_id}.",
+            f"The hub names chain {chain_id}, and its RPC answers for chain {chain.chain_id}.",
             hint="Do not send anything; tell the hub's operator.",
         )
     chain.check_code()
@@ -155,17 +156,53 @@ def exchange_of(settings: Settings, wallet: Wallet, chain: ChainClient) -> tuple
     return key, eip712.sign(chain.domain, "ExchangeKey", message, wallet)
 
 
-def receipt_checker(chain: ChainClient, hub: str) -> Any:
-    """A function that tells whether a receipt's fields are signed by the hub that the escrow pays through."""
+def promise_checker(chain: ChainClient, hub: str) -> Signed:
+    """A function that tells whether a receipt or voucher is signed by the hub that the escrow pays through."""
     from trainchain.chain import eip712
 
-    def check(fields: Mapping[str, Any], signature: str) -> bool:
+    def check(kind: str, fields: Mapping[str, Any], signature: str) -> bool:
         try:
-            return eip712.recover(chain.domain, "Receipt", fields, signature).lower() == hub.lower()
+            return eip712.recover(chain.domain, kind, fields, signature).lower() == hub.lower()
         except TrainChainError:
             return False
 
     return check
+
+
+def paybook_of(settings: Settings, wallet: Wallet, chain: ChainClient, hub: str) -> Paybook:
+    """Where this home's wallet keeps what a hub signs for it."""
+    from trainchain.core.worker.paybook import Paybook, Ties
+
+    ties = Ties(chain.chain_id, chain.escrow, hub)
+    return Paybook(settings.home, wallet.address, ties, promise_checker(chain, hub))
+
+
+def onlooker(settings: Settings, wallet: Wallet, chain: ChainClient, client: HubClient) -> Look:
+    """A function that tells how this wallet stands in a job; on its way it copies new settlements onto this disk."""
+    from trainchain.chain.collecting import Mirror
+    from trainchain.core.worker.dues import Standing
+
+    mirror = Mirror(settings.home / "leaves")
+
+    def look(job: str, *, fresh: bool) -> Standing:
+        if not fresh:
+            return Standing(mirror.leaf(job, wallet.address), 0)
+        mirror.update(chain, job, wallet.address, client.object)
+        return Standing(mirror.leaf(job, wallet.address), chain.claimed_of(job, wallet.address))
+
+    return look
+
+
+def window_of(wallet: Wallet, chain: ChainClient) -> Closes:
+    """A function that tells how long a job's vouchers are taken, by the chain and no hub."""
+    from trainchain.core.worker.dues import Closing
+
+    def closes(job: str) -> Closing:
+        found = chain.job(job)
+        paid = chain.claimed_of(job, wallet.address)
+        return Closing(paid, found.deadline + found.grace / 2, found.closes_after)
+
+    return closes
 
 
 def job_checker(chain: ChainClient, told: Mapping[str, Any], now: Callable[[], float] = time.time) -> Any:
@@ -183,6 +220,8 @@ def job_checker(chain: ChainClient, told: Mapping[str, Any], now: Callable[[], f
             wrong = f"its escrow is settled by {job.hub} in the token {job.token}, not as the hub says"
         elif job.halted or job.deadline <= now():
             wrong = "its owner has halted it, or its deadline has passed"
+        elif int(job.next_hub, 16) and job.next_hub != job.hub:
+            wrong = f"its owner has named another hub, {job.next_hub}, which owes nothing for work done here"
         if wrong:
             raise TrainChainError("job.invalid", f"Job {job_id} is not worth working for: {wrong}.")
         return job.owner

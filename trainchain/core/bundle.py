@@ -5,34 +5,20 @@ All of it can be checked offline: `check` is told how signatures and settlements
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
-
+from trainchain.core import recount
 from trainchain.core.adapter import CONFIG_FILE, TEMPLATE_FILE, WEIGHTS_FILE, beside_weights
 from trainchain.core.card import base_name
 from trainchain.core.digests import canonical_json, sha256, sha256_file
 from trainchain.core.errors import TrainChainError
-from trainchain.core.history import Chain, History, Told
-from trainchain.core.models import (
-    Address,
-    Amount,
-    Contribution,
-    Count,
-    Digest,
-    FileName,
-    Hash32,
-    Model,
-    Positive,
-    ResolvedRecipe,
-    parse,
-)
-from trainchain.core.rewards import shard_reward
+from trainchain.core.history import Accepted, Chain, Contributions, History
+from trainchain.core.models import Amount, Count, Digest, FileName, Hash32, Model, Positive, ResolvedRecipe, parse
 
 FOLDER = "trainchain"
-FORMAT: Literal["trainchain.bundle/1"] = "trainchain.bundle/1"
+FORMAT: Literal["trainchain.bundle/2"] = "trainchain.bundle/2"
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
 CONTRIBUTIONS = "contributions.json"
@@ -51,59 +37,13 @@ python -c "from trainchain.cli.delivery import verify; print(verify('..'))" chec
 """
 
 
-class Receipt(Told):
-    """The hub's promise to pay, as it was signed."""
-
-    jobId: Hash32
-    round: Positive
-    shard: Count
-    lease: Hash32
-    worker: Address
-    deltaHash: Hash32
-    amount: Amount
-    hub: Address
-    chain_id: Positive
-    escrow: Address
-    signature: Annotated[str, Field(max_length=200)]
-
-    def fields(self) -> dict[str, Any]:
-        """What the signature is over."""
-        names = ("jobId", "round", "shard", "lease", "worker", "deltaHash", "amount")
-        return {name: getattr(self, name) for name in names}
-
-
-class Accepted(Told):
-    """One accepted contribution, as `GET /v1/jobs/{id}/contributions` tells of it."""
-
-    contribution: Contribution
-    signature: Annotated[str, Field(max_length=200)]
-    losses: Annotated[list[float], Field(default_factory=list)]
-    seconds: float = 0.0
-    micro_tokens: Annotated[list[Positive], Field(default_factory=list)]
-    receipt: Receipt
-    merged_in: Positive | None = None
-
-    @property
-    def counted(self) -> int:
-        """The round that it is settled with: whose merge took it in, or the last one where it came too late for any."""
-        return self.merged_in or self.contribution.round
-
-    @property
-    def place(self) -> tuple[int, int]:
-        return self.contribution.round, self.contribution.shard
-
-
-class Contributions(Told):
-    contributions: list[Accepted]
-
-
 class Entry(Model):
     sha256: Digest
     size: Count
 
 
 class Manifest(Model):
-    format: Literal["trainchain.bundle/1"]
+    format: Literal["trainchain.bundle/2"]
     job: Hash32
     round: Positive
     """Whose adapter lies beside it."""
@@ -121,22 +61,12 @@ class SettlementEntry(Model):
     leaves: FileName
 
 
-class Leaves(NamedTuple):
-    """What a leaves file says and what it hashes to."""
-
-    job: str
-    round: int
-    root: str
-    total: int
-    amounts: Mapping[str, int]
-
-
 class Checks(NamedTuple):
     """How a chain reads what it signs and settles: `recover(type, fields, signature)` is who signed, and `leaves` a
     leaves file. Both raise TrainChainError for what does not hold."""
 
-    recover: Callable[[Chain, str, Mapping[str, Any], str], str]
-    leaves: Callable[[bytes], Leaves]
+    recover: recount.Recover
+    leaves: Callable[[bytes], recount.Leaves]
 
 
 def bundle_files(
@@ -175,7 +105,7 @@ def bundle_files(
     ]
     files = {
         RECIPE: recipe.canonical(),
-        CONTRIBUTIONS: _json({"contributions": [_dump(one) for one in sorted(rows, key=lambda one: one.place)]}),
+        CONTRIBUTIONS: _json({"contributions": [_dump(one) for one in sorted(rows, key=lambda one: one.which)]}),
         LOSSES: _json({"rounds": losses}),
         SETTLEMENTS: _json({"settlements": [_dump(row) for row in settlements]}),
         README: TEXT.encode(),
@@ -197,7 +127,8 @@ def check(folder: Path, checks: Checks) -> Manifest:
     """Check the bundle of an adapter's folder, offline; returns its manifest.
 
     Raises TrainChainError naming what does not hold: `object.digest` for bytes that are not those of the manifest,
-    `contribution.bad_signature`, `receipt.invalid`, `settlement.mismatch`, `job.invalid` for what cannot be read.
+    `verify.rewards`, `verify.leaves`, `verify.root`, `settlement.mismatch` for a leaves file that is none,
+    `job.invalid` for what cannot be read.
     What only the chain can tell (that spec hash and roots stand there) is the caller's to ask.
     """
     inside = folder / FOLDER
@@ -215,8 +146,7 @@ def check(folder: Path, checks: Checks) -> Manifest:
         raise TrainChainError("object.digest", f"{RECIPE} does not have the spec hash {manifest.spec_hash}.")
     _check_layout(folder, recipe)
     told = parse(Contributions, _read(inside / CONTRIBUTIONS), code="job.invalid", what=CONTRIBUTIONS)
-    earned = _check_contributions(recipe, manifest, told.contributions, checks)
-    _check_settlements(inside, manifest, earned, checks)
+    _check_pay(inside, recipe, manifest, told.contributions, checks)
     return manifest
 
 
@@ -229,74 +159,22 @@ def _check_layout(folder: Path, recipe: ResolvedRecipe) -> None:
             raise TrainChainError("object.digest", f"{name} is not the one that follows from the recipe.")
 
 
-def _check_contributions(
-    recipe: ResolvedRecipe, manifest: Manifest, rows: list[Accepted], checks: Checks
-) -> dict[int, dict[str, int]]:
-    """Every signature, receipt and reward; returns what each worker earned by each round's settlement."""
-    chain = manifest.chain
-    earned: dict[int, dict[str, int]] = {}
-    seen: set[tuple[int, int]] = set()
-    for row in rows:
-        given, receipt, place = row.contribution, row.receipt, row.place
-        where = f"round {given.round}, shard {given.shard}"
-        inside = given.round <= row.counted <= min(manifest.round, given.round + 1) and given.shard < recipe.all_shards
-        if given.jobId != manifest.job or not inside:
-            raise TrainChainError("job.invalid", f"{CONTRIBUTIONS}: {where} is not of this job's adapter.")
-        if place in seen:
-            raise TrainChainError("job.invalid", f"{CONTRIBUTIONS}: {where} stands there twice.")
-        seen.add(place)
-        signer = checks.recover(chain, "Contribution", given.model_dump(), row.signature)
-        if signer.lower() != given.worker.lower():
-            raise TrainChainError("contribution.bad_signature", f"{where} is signed by {signer}, not {given.worker}.")
-        same = ("jobId", "round", "shard", "lease", "deltaHash")
-        signer = checks.recover(chain, "Receipt", receipt.fields(), receipt.signature)
-        reward = shard_reward(recipe, given.round, given.shard)
-        wrong = None
-        if any(getattr(given, name) != getattr(receipt, name) for name in same) or (
-            receipt.worker.lower() != given.worker.lower()
-        ):
-            wrong = "is of another contribution"
-        elif (receipt.chain_id, receipt.escrow.lower()) != (chain.chain_id, chain.escrow.lower()):
-            wrong = f"is bound to another escrow, {receipt.escrow} on chain {receipt.chain_id}"
-        elif signer.lower() != chain.hub.lower():
-            wrong = f"is signed by {signer}, not by the hub {chain.hub}"
-        elif receipt.amount != reward:
-            wrong = f"promises {receipt.amount} and not the {reward} that the recipe gives"
-        if wrong:
-            raise TrainChainError("receipt.invalid", f"The receipt of {where} {wrong}.")
-        mine = earned.setdefault(row.counted, {})
-        mine[given.worker.lower()] = mine.get(given.worker.lower(), 0) + reward
-    return earned
-
-
-def _check_settlements(
-    inside: Path, manifest: Manifest, earned: Mapping[int, Mapping[str, int]], checks: Checks
+def _check_pay(
+    inside: Path, recipe: ResolvedRecipe, manifest: Manifest, rows: Sequence[Accepted], checks: Checks
 ) -> None:
-    """A settlement up to the adapter's round pays exactly what was earned; a later one that covers it, no less."""
-    told = parse(Settlements, _read(inside / SETTLEMENTS), code="job.invalid", what=SETTLEMENTS)
-    for row in told.settlements:
-        leaves = checks.leaves(_read(inside / row.leaves))
-        pairs = (
-            ("job", leaves.job, manifest.job),
-            ("round", leaves.round, row.round),
-            ("root", leaves.root, row.root),
-            ("total", leaves.total, row.total),
-        )
-        for name, here, there in pairs:
-            if here != there:
-                raise TrainChainError("settlement.mismatch", f"{row.leaves} has the {name} {here}, not {there}.")
-        owed: dict[str, int] = {}
-        for round_, amounts in earned.items():
-            if round_ <= row.round:
-                for worker, amount in amounts.items():
-                    owed[worker] = owed.get(worker, 0) + amount
-        paid = {account.lower(): amount for account, amount in leaves.amounts.items()}
-        for worker in sorted(set(owed) | (set(paid) if row.round <= manifest.round else set())):
-            here, due = paid.get(worker, 0), owed.get(worker, 0)
-            if here < due or (row.round <= manifest.round and here != due):
-                raise TrainChainError(
-                    "settlement.mismatch", f"{row.leaves} pays {worker} {here}; its contributions earned {due}."
-                )
+    """Every signature, receipt and reward; and that each settlement through the adapter's round owes exactly what had
+    vested of it, as does each that follows a job's end, and a later one of a job that went on no less."""
+    for row in rows:
+        if row.counted > manifest.round:
+            where = f"round {row.which[0]}, shard {row.which[1]}"
+            raise TrainChainError("job.invalid", f"{CONTRIBUTIONS}: {where} is not of this job's adapter.")
+    earned, found = recount.earned(recipe, manifest.job, manifest.chain, rows, checks.recover)
+    told = parse(Settlements, _read(inside / SETTLEMENTS), code="job.invalid", what=SETTLEMENTS).settlements
+    files = {row.round: checks.leaves(_read(inside / row.leaves)) for row in told}
+    found += recount.leaves(manifest.job, earned, files, known=manifest.round)
+    found += recount.roots((recount.OnChain(row.round, row.root, row.total) for row in told), files)
+    if found:
+        raise found[0].error()
 
 
 class Settlements(Model):

@@ -19,6 +19,8 @@ PATIENCE = 30.0
 """Seconds for an answer; the longest long poll is 25."""
 UPLOAD_PATIENCE = 600.0
 """Seconds for the answer to an upload: the hub writes and hashes all of it first."""
+MAX_DOCUMENT = 1 << 28
+"""Bytes of an answer that is not an object: a job of many thousand shards has some millions."""
 _STANDARD = frozenset({"type", "title", "status", "detail", "code", "hint"})
 
 Signer = Callable[[dict[str, Any]], str]
@@ -195,10 +197,10 @@ class HubClient:
                 request = self._http.build_request(
                     method, self.url + path, headers=extra, content=payload, timeout=timeout, **options
                 )
-                answer = self._http.send(request, stream=stream)
+                answer = self._http.send(request, stream=True)
                 self.sent += 0 if content else len(request.content)
                 if not stream or answer.status_code >= 400:
-                    self.received += len(answer.read())
+                    answer = self._whole(answer)
             except (httpx.RequestError, OSError) as error:
                 failure = str(error) or type(error).__name__
                 if isinstance(error, httpx.TimeoutException):
@@ -224,6 +226,20 @@ class HubClient:
             f"The hub {self.url} did not answer after {self.attempts} tries: {failure}.",
             hint="Check the address and that `trainchain serve-hub` is running; then try again.",
         )
+
+    def _whole(self, answer: httpx.Response) -> httpx.Response:
+        """An answer that was begun, read to its end. Raises `hub.not_a_hub` for one beyond all measure."""
+        data = bytearray()
+        try:
+            for chunk in answer.iter_bytes():
+                self.received += len(chunk)
+                data += chunk
+                if len(data) > MAX_DOCUMENT:
+                    raise TrainChainError("hub.not_a_hub", f"{self.url} answers with more than {MAX_DOCUMENT} bytes.")
+        finally:
+            answer.close()
+        headers = {"content-type": answer.headers.get("content-type", "")}
+        return httpx.Response(answer.status_code, headers=headers, content=bytes(data), request=answer.request)
 
     def _session(self) -> str:
         if self._token is None:

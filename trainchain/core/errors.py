@@ -120,6 +120,8 @@ CODES: dict[str, Reason] = {
     "delta.not_finite": Reason(422, 1, "The delta holds NaN or infinity."),
     "delta.out_of_reach": Reason(422, 1, "An element moved further than the optimizer can move it in the shard."),
     "receipt.invalid": Reason(502, 4, "The hub's receipt is not signed by it, or promises another amount."),
+    "voucher.invalid": Reason(502, 4, "The hub's voucher is not signed by it, or promises less than has vested."),
+    "worker.unsettled": Reason(402, 6, "A hub owes more that has vested, and is not settled, than the worker allows."),
     # private jobs
     "access.denied": Reason(403, 1, "The job does not admit this wallet."),
     "access.not_your_hub": Reason(
@@ -150,8 +152,19 @@ CODES: dict[str, Reason] = {
     "chain.unknown": Reason(422, 1, "The chain's address is of a kind TrainChain does not know."),
     "chain.reverted": Reason(409, 1, "A contract refused the call; its error names the values."),
     "chain.denied": Reason(403, 1, "The embedded chain's public door does not offer that method."),
+    "chain.foreign_key": Reason(403, 7, "The key is a test chain's own, and signs for no other chain."),
+    "chain.journal": Reason(409, 1, "The note of the transactions under way cannot be read."),
+    "claim.nothing": Reason(409, 1, "None of the leaves that were sent pays anything now."),
+    "claim.not_relayed": Reason(403, 1, "This hub does not send other people's claims."),
+    "claim.too_often": Reason(
+        429, 3, "The account's last claim was relayed less than a minute ago, or many are on their way."
+    ),
     "faucet.closed": Reason(403, 6, "This hub's chain is not an embedded one, or this wallet has had its share."),
     "settlement.mismatch": Reason(409, 4, "The leaves file, the proof and the root on chain do not agree."),
+    "verify.rewards": Reason(409, 4, "Contributions, receipts and the accepted shards of a job do not agree."),
+    "verify.leaves": Reason(409, 4, "A settlement's leaves are not those that follow from the rewards."),
+    "verify.root": Reason(409, 4, "A settlement's root or total is not that of its leaves."),
+    "verify.chain": Reason(409, 4, "What the escrow holds or has paid for a job is not what it should be."),
     "money.not_an_amount": Reason(422, 2, "The text is not an amount of tokens."),
     "money.insufficient": Reason(402, 6, "The wallet does not hold enough tokens or gas."),
     "money.budget_too_small": Reason(422, 6, "The budget is below the price of the work."),
@@ -161,4 +174,7 @@ CODES: dict[str, Reason] = {
     "wallet.unreadable": Reason(422, 7, "The wallet file is not a version 3 keystore."),
     "wallet.wrong_password": Reason(403, 7, "The password does not open the wallet."),
     "wallet.locked": Reason(403, 7, "The wallet needs a password, and nobody could be asked."),
+    "wallet.keyring": Reason(
+        503, 7, "The system's keyring is not there, is locked, or does not keep what it is given."
+    ),
 }

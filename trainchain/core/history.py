@@ -10,7 +10,18 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from trainchain.core.errors import TrainChainError
-from trainchain.core.models import Address, Amount, Count, Digest, Hash32, Model, Positive, ResolvedRecipe, parse
+from trainchain.core.models import (
+    Address,
+    Amount,
+    Contribution,
+    Count,
+    Digest,
+    Hash32,
+    Model,
+    Positive,
+    ResolvedRecipe,
+    parse,
+)
 from trainchain.core.rewards import shard_reward
 
 
@@ -52,7 +63,8 @@ class ToldEvaluation(Told):
 
 
 class ToldSettlement(Told):
-    """What went on chain once all rounds through `round` were merged: cumulative amounts, their sum in `total`."""
+    """What went on chain once all rounds through `round` were merged: cumulative amounts, their sum in `total`. After a
+    job's end `round` goes on counting."""
 
     round: Count
     root: Hash32
@@ -98,12 +110,63 @@ class History(Told):
         return next((row.loss for row in self.evaluations if row.round == round_), None)
 
     def settled(self, round_: int) -> list[ToldSettlement]:
-        """The settlements up to a round and the first one after them that covers it, where there is one yet."""
+        """The settlements up to a round and the next one after them, where there is one yet; of the last adapter all
+        of them, since a job's end is settled in as many steps as the escrow's cap needs."""
         rows = sorted(self.settlements, key=lambda row: row.round)
+        if round_ == max((row.round for row in self.merged()), default=0):
+            return rows
         before = [row for row in rows if row.round <= round_]
         if before and before[-1].round == round_:
             return before
         return before + [row for row in rows if row.round > round_][:1]
+
+
+class Receipt(Told):
+    """The hub's promise to pay, as it was signed."""
+
+    jobId: Hash32
+    round: Positive
+    shard: Count
+    lease: Hash32
+    worker: Address
+    deltaHash: Hash32
+    amount: Amount
+    place: Positive
+    hub: Address
+    chain_id: Positive
+    escrow: Address
+    signature: Annotated[str, Field(max_length=200)]
+
+    def fields(self) -> dict[str, Any]:
+        """What the signature is over."""
+        names = ("jobId", "round", "shard", "lease", "worker", "deltaHash", "amount", "place")
+        return {name: getattr(self, name) for name in names}
+
+
+class Accepted(Told):
+    """One accepted contribution, as `GET /v1/jobs/{id}/contributions` tells of it."""
+
+    contribution: Contribution
+    signature: Annotated[str, Field(max_length=200)]
+    losses: Annotated[list[float], Field(default_factory=list)]
+    seconds: float = 0.0
+    micro_tokens: Annotated[list[Positive], Field(default_factory=list)]
+    receipt: Receipt
+    merged_in: Positive | None = None
+
+    @property
+    def counted(self) -> int:
+        """The round that it is settled with: whose merge took it in, or the last one where it came too late for any."""
+        return self.merged_in or self.contribution.round
+
+    @property
+    def which(self) -> tuple[int, int]:
+        """Round and shard."""
+        return self.contribution.round, self.contribution.shard
+
+
+class Contributions(Told):
+    contributions: list[Accepted]
 
 
 @dataclass(frozen=True)

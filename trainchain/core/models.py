@@ -12,7 +12,7 @@ from trainchain.core.digests import canonical_json, sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.sharding import spare_shards
 
-PROTOCOL = 5
+PROTOCOL = 6
 MAX_INT = 2**63 - 1
 MAX_TEMPLATE = 1 << 18
 """Characters of a chat template that a recipe may bring."""
@@ -337,6 +337,23 @@ class SignedContribution(Model):
     seconds: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     micro_tokens: Annotated[list[Positive], Field(max_length=100_000)] = []
     """Per segment, how many tokens went through the model at once."""
+
+
+class Voucher(Model):
+    """The hub's cumulative promise: everything that has vested for the account in the job. The escrow pays it without
+    the hub, until deadline and grace are over."""
+
+    jobId: Hash32
+    account: Address
+    cumulative: Amount
+    hub: Address
+    chain_id: Positive
+    escrow: Address
+    signature: Annotated[str, Field(max_length=200)]
+
+    def fields(self) -> dict[str, Any]:
+        """What the signature is over."""
+        return {"jobId": self.jobId, "account": self.account, "cumulative": self.cumulative}
 
 
 M = TypeVar("M", bound=Model)

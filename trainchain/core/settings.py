@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -40,9 +41,9 @@ class Settings:
         elif told:
             cap = parse_size(told, "TRAINCHAIN_CACHE_CAP")
         return cls(
-            folder.expanduser().absolute(),
+            expanded(folder).absolute(),
             url.rstrip("/"),
-            Path(cache).expanduser().absolute() if cache else None,
+            expanded(Path(cache)).absolute() if cache else None,
             cap,
         )
 
@@ -89,6 +90,14 @@ def show_size(size: int) -> str:
     return f"{size} B"
 
 
+def expanded(path: Path) -> Path:
+    """The path with a leading ~ or ~NAME replaced. Raises `usage.file` where there is no such user."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise TrainChainError("usage.file", f"{path} is in nobody's home.", hint="Check that path.") from None
+
+
 def private_folder(path: Path) -> Path:
     """Make a folder that only this user can enter."""
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -98,10 +107,25 @@ def private_folder(path: Path) -> Path:
 def write_private(path: Path, data: bytes) -> None:
     """Publish `data` at `path` with mode 0600: whole or not at all, on disk before this returns."""
     private_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """A file's new name, too, is only kept through a loss of power once its folder is on disk."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -97,9 +97,9 @@ def pay(recipe: ResolvedRecipe, history: History, chain: Chain, round_: int) -> 
     if not settled:
         yield "It was not settled on chain yet when this was written."
         return
-    yield "Settled on chain, cumulative over the job's rounds:"
+    yield "Settled on chain, cumulative over the job:"
     rows = [(str(row.round), money.show(row.total), f"`{row.root}`", f"`{row.tx}`") for row in settled]
-    yield table(("Through round", "Total", "Merkle root", "Transaction"), rows)
+    yield table(("Settlement", "Total", "Merkle root", "Transaction"), rows)
 
 
 def recheck(recipe: ResolvedRecipe, history: History, round_: int) -> Iterator[str]:

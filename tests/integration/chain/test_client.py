@@ -165,6 +165,7 @@ def test_a_job_is_halted_closed_or_given_another_hub(world):
     client.close_early(world.owner, closed, signature)
     assert client.job(closed).deadline <= client.now()
     client.propose_hub(world.owner, moved, world.ben.address)
+    world.advance(client.job(moved).grace)
     world.settle(moved, 1, {world.anna: 1}, wallet=world.ben)
 
 

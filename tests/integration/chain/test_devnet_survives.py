@@ -1,6 +1,8 @@
 """The chain is a file: processes die, start at once, and come back to it."""
 
 import json
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -31,6 +33,33 @@ for _ in range(int(sys.argv[3])):
 """
 
 
+DYING = """
+import os, pathlib, signal, sqlite3, sys
+from trainchain.chain.escrow import connect
+really = sqlite3.connect
+def opened(*args, **kwargs):
+    db = really(*args, **kwargs)
+    db.set_trace_callback(dying)
+    return db
+def dying(statement):
+    global left
+    left -= statement.lstrip().startswith(("INSERT", "COMMIT"))
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+sqlite3.connect = opened
+for line in sys.stdin:
+    home, left = line.split()
+    left = int(left)
+    if os.fork() == 0:
+        client = connect("embedded:x", home=pathlib.Path(home))
+        while True:
+            client.transfer_gas(client.faucet(), sys.argv[1], 1)
+            print("sent", flush=True)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+"""For each line a process that kills itself at the n-th statement which changes the file."""
+
+
 def writer(home, who, times):
     return [sys.executable, "-c", WRITER, str(home), who, str(times), HEAP]
 
@@ -54,28 +83,53 @@ def consistent(home):
 
 
 def test_a_killed_writer_leaves_a_chain(tmp_path):
-    before = 0
+    told = 0
     for lines in (1, 4, 9):
         with running(writer(tmp_path, "faucet", 10_000)) as process:
             for _ in range(lines):
                 assert process.stdout.readline() == "sent\n"
             process.kill()  # SIGKILL: nobody gets to tidy up
             process.wait()
-            more = process.stdout.read().count("sent")
-        coins = consistent(tmp_path)
-        # The last one may be in the file without having been reported.
-        assert coins - before in (lines + more, lines + more + 1)
-        before = coins
+            told += lines + process.stdout.read().count("sent")
+        # The last one may be in the file without having been reported; the next process finds it, and reports it.
+        assert consistent(tmp_path) - told in (0, 1)
 
 
-def test_two_processes_write_at_once(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_twenty_killed_in_mid_write_leave_a_chain(tmp_path):
+    """Five while the chain is made, the rest at every other statement of what two transactions write."""
+    old = tmp_path / "old"
+    connect("embedded:x", home=old).close()
+    deaths = [(tmp_path / f"new{at}", at) for at in (1, 2, 5, 8, 10)] + [(old, at) for at in range(2, 32, 2)]
+    coins = {}
+    command = [sys.executable, "-c", DYING, HEAP]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for home, at in deaths:
+            process.stdin.write(f"{home} {at}\n")
+            process.stdin.flush()
+            sent = 0
+            while (line := process.stdout.readline()) == "sent\n":
+                sent += 1
+            assert line == f"{-signal.SIGKILL}\n"
+            coins[home] = coins.get(home, 0) + sent
+            # What was told is there; what was not yet in is not there by half.
+            assert consistent(home) == coins[home]
+        process.stdin.close()
+    assert len(deaths) == 20
+    client = connect("embedded:x", home=old)
+    client.transfer_gas(client.faucet(), HEAP, 1)
+    client.close()
+    assert consistent(old) == coins[old] + 1 >= 7
+
+
+def test_four_processes_write_at_once(tmp_path):
     client = connect("embedded:x", home=tmp_path)
-    for number in (1, 2):
+    for number in (1, 2, 3, 4):
         client.transfer_gas(client.faucet(), Wallet(bytes([number]) * 32).address, 10**18)
-    both = [subprocess.Popen(writer(tmp_path, who, 15), stdout=subprocess.DEVNULL) for who in "12"]
-    assert [process.wait(timeout=60) for process in both] == [0, 0]
-    assert consistent(tmp_path) == 30
-    assert client.gas_balance(HEAP) == 30  # an open chain sees what others wrote
+    four = [subprocess.Popen(writer(tmp_path, who, 10), stdout=subprocess.DEVNULL) for who in "1234"]
+    assert [process.wait(timeout=60) for process in four] == [0] * 4
+    assert consistent(tmp_path) == 40
+    assert client.gas_balance(HEAP) == 40  # an open chain sees what others wrote
     client.close()
 
 
@@ -169,7 +223,7 @@ def test_what_cannot_enter_a_block_is_refused_and_changes_nothing(tmp_path):
         (transfer(node, faucet, 0, value=2), "nonce too low"),
         (transfer(node, faucet, 2), "nonce too high"),
         (transfer(node, poor, 0), "insufficient funds"),
-        (transfer(node, faucet, 1, chainId=78), "invalid chain id"),
+        (transfer(node, faucet.bound(78), 1, chainId=78), "invalid chain id"),
         (transfer(node, faucet, 1, gas=20_000), "gas"),
         (transfer(node, faucet, 1, gas=31_000_000), "gas"),
         (transfer(node, faucet, 1, maxFeePerGas=1), "fee|gas"),

@@ -86,14 +86,14 @@ def test_settled_money_can_be_claimed_for_ever(world):
     assert world.claim(leaves, world.anna).amount == 10
 
 
-def test_another_hub_takes_over_after_the_delay(world, refused):
-    client, job_id = world.client, world.job(activation_delay=100)
+def test_another_hub_takes_over_after_the_grace_time(world, refused):
+    client, job_id = world.client, world.job(activation_delay=0, grace=500)
     client.propose_hub(world.owner, job_id, world.ben.address)
     job = client.job(job_id)
     assert (job.hub, job.next_hub) == (world.hub.address, world.ben.address)
-    world.redeem(job_id, world.anna, 5)
-    world.advance(99)
+    world.advance(499)
     refused("NotHub", world.settle, job_id, 1, {world.anna: 5}, wallet=world.ben)
+    world.redeem(job_id, world.anna, 5)
     world.advance(1)
     assert client.job(job_id).hub == world.ben.address
     refused("BadSignature", world.redeem, job_id, world.anna, 6)
@@ -101,7 +101,7 @@ def test_another_hub_takes_over_after_the_delay(world, refused):
     world.settle(job_id, 1, {world.anna: 5}, wallet=world.ben)
     client.propose_hub(world.owner, job_id, world.hub.address)
     client.propose_hub(world.owner, job_id, world.ben.address)  # taken back
-    world.advance(100)
+    world.advance(500)
     assert client.job(job_id).hub == world.ben.address
 
 
@@ -222,3 +222,39 @@ def test_everything_comes_out_at_the_end(world):
     job = client.job(job_id)
     assert job.funded - job.refunded - job.claimed == 0
     assert (world.holds(world.anna), world.holds(world.ben)) == (50, 120)
+
+
+def test_dust_is_paid_like_everything_and_moves_nothing(world, refused):
+    """One unit to a leaf, to a voucher, into a job; and one that somebody sent the escrow without a job."""
+    client, job_id, other = world.client, world.job(amount=3), world.job(amount=2)
+    client.transfer_token(world.owner, world.token, client.escrow, 1)
+    assert money(world, job_id) == (0, 0, 3)
+    leaves = world.settle(job_id, 1, {world.anna: 1, world.ben: 1})
+    assert world.claim(leaves, world.anna).amount == world.claim(leaves, world.ben).amount == 1
+    assert world.redeem(job_id, world.ben, 2).amount == 1
+    refused("NotCovered", world.redeem, job_id, world.anna, 2)
+    client.fund(world.anna, job_id, 1)
+    assert world.redeem(job_id, world.anna, 2).amount == 1
+    assert money(world, job_id) == (4, 4, 0)
+    world.advance(1501)
+    assert (client.reclaim(world.owner, job_id).amount, client.reclaim(world.owner, other).amount) == (0, 2)
+
+
+def test_who_gets_ahead_of_a_claim_only_pays_its_gas(world, refused):
+    client, job_id = world.client, world.job()
+    leaves = world.settle(job_id, 1, {world.anna: 10, world.ben: 20})
+    amount, proof = settlement.proof_for(leaves, world.anna.address)
+    fields = {"account": world.anna.address, "to": world.hub.address, "cumulative": amount, "tip": 3}
+    message = {"jobId": job_id, **fields, "validUntil": client.now() + 10}
+    signature = world.anna.sign_typed(client.domain, "ClaimTo", message)
+    before = world.holds(world.hub), world.holds(world.owner)
+    # The relay's transaction was seen, and another one sends it first: the tip is for whoever does the work.
+    assert client.claim_to(world.owner, message, proof, signature).amount == 10
+    assert (world.holds(world.hub), world.holds(world.owner)) == (before[0] + 7, before[1] + 3)
+    refused("NothingToClaim", client.claim_to, world.ben, message, proof, signature)
+    assert world.claim(leaves, world.ben, wallet=world.anna).amount == 20
+    assert world.claim(leaves, world.ben) == (None, 0)
+    voucher = world.voucher(job_id, world.ben, 25)
+    assert client.redeem_voucher(world.anna, job_id, world.ben.address, 25, voucher).amount == 5
+    assert world.redeem(job_id, world.ben, 25) == (None, 0)
+    assert (world.holds(world.anna), world.holds(world.ben)) == (0, 25)

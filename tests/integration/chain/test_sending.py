@@ -68,6 +68,30 @@ def test_a_transaction_that_no_block_takes_is_told_as_such(flaky):
     assert 5.0 <= sum(client.naps) < 8
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_node_that_answers_slowly_costs_no_more_patience_than_one_that_does_not(tmp_path, again):
+    provider, time = Flaky(Devnet(tmp_path / "x.sqlite")), [0.0]
+    client = ChainClient(provider, patience=120.0, sleep=lambda _: None, clock=lambda: time[0])
+    asked = []
+
+    def slowly(params):
+        asked.append(params)
+        time[0] += 50.0
+        return {"jsonrpc": "2.0", "id": 1, "result": None}
+
+    if again:
+        provider.tricks["eth_sendRawTransaction"] = lost(provider, arrives=False)
+        with pytest.raises(TrainChainError):
+            client.transfer_gas(client.faucet(), HEAP, 5)
+        taken = {"jsonrpc": "2.0", "id": 1, "result": "0x" + "11" * 32}
+        provider.tricks["eth_sendRawTransaction"] = lambda params: taken
+    provider.tricks["eth_getTransactionReceipt"] = slowly
+    with pytest.raises(TrainChainError) as caught:
+        client.transfer_gas(client.faucet(), HEAP, 5)
+    assert (caught.value.code, len(asked)) == ("chain.timeout", 3)
+    client.close()
+
+
 def test_a_node_that_already_knows_it_is_taken_at_its_word(flaky):
     client, provider = flaky
 

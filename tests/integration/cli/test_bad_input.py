@@ -329,7 +329,9 @@ def test_a_wrong_password_is_said_so(desk: Desk, tmp_path: Path) -> None:
     insist(wrong, "wallet.wrong_password", 7, "TRAINCHAIN_PASSWORD_FILE")
     insist(none, "wallet.locked", 7, "TRAINCHAIN_PASSWORD_FILE")
     insist(gone, "wallet.locked", 7, "gone")
-    assert json.loads(right.stdout) == {"ok": True, "address": address, "file": str(desk.home / "wallet.json")}
+    assert json.loads(right.stdout) == {
+        "ok": True, "address": address, "file": str(desk.home / "wallet.json"), "password": "file"
+    }  # fmt: skip
     assert desk.left_behind() == set()
 
 

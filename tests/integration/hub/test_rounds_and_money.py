@@ -1,17 +1,19 @@
 """A job's whole life by hand, and every token unit of it: rounds, settlements, claims, what comes back."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from sqlalchemy import delete, update
+from sqlalchemy import update
 
-from tests.fixtures_hub import COIN, INITIAL, Job, Person, Town
+from tests.fixtures_hub import COIN, INITIAL, Job, Person, Town, job_files, recipe
 from tests.fixtures_merge import PLAIN_MERGE
 from trainchain.chain.escrow import ChainClient
 from trainchain.chain.settlement import check_against_chain, proof_for, read_leaves
 from trainchain.cli import collect, delivery, wiring
+from trainchain.cli.output import Output
 from trainchain.core.adapter import adapter_bytes, read_adapter
 from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
@@ -19,7 +21,7 @@ from trainchain.core.hub import cashier, rounds, schema
 from trainchain.core.hub.store import Store
 from trainchain.core.merge.updates import Update, merge, outer_step
 from trainchain.core.models import ResolvedRecipe
-from trainchain.core.rewards import job_price, round_price, shard_reward
+from trainchain.core.rewards import Terms, job_price, recount, round_cap, round_price, shard_reward
 
 
 def finish(job: Job, *workers: Person) -> None:
@@ -33,13 +35,14 @@ def finish(job: Job, *workers: Person) -> None:
 
 def claim(person: Person, home: Path, **options: Any) -> dict[str, Any]:
     """What `trainchain claim` does, over HTTP to the hub and to its chain."""
-    client = person.client()
-    try:
-        chain = wiring.chain_of(client)
-        jobs = collect.known_jobs(client, person.settings(home))
-        return collect.claim_all(client, chain, person.wallet, jobs, now=person.town.clock, **options)
-    finally:
-        client.close()
+    return collect.claim_all(
+        person.settings(home),
+        Output(json_mode=True),
+        now=person.town.clock,
+        wallet=person.wallet,
+        dial=lambda _, __: person.client(),
+        **options,
+    )
 
 
 def reclaim(job: Job) -> dict[str, Any]:
@@ -130,13 +133,19 @@ def test_before_the_deadline_a_quorum_is_not_enough(town: Town, anna: Person) ->
     assert job.round(1)["state"] == "open"
 
 
-def test_each_merged_round_is_settled_and_every_record_agrees(town: Town, anna: Person, ben: Person) -> None:
-    job = town.publish(rounds=2, shards=2)
+def test_what_has_vested_is_settled_each_round_and_every_record_agrees(town: Town, anna: Person, ben: Person) -> None:
+    job = town.publish(rounds=12, shards=2)
 
     finish(job, anna, ben)
 
     on_chain = town.chain.settlements(job.id)
-    assert [one.round for one in on_chain] == [1, 2]
+    # Each has one shard a round, so the first vests with the tenth; the last nine of each vest with the job's end, and
+    # are paid round by round, as the cap has it.
+    assert [one.round for one in on_chain] == list(range(10, 10 + len(on_chain)))
+    raised = [after.total - before.total for before, after in pairwise(on_chain)]
+    assert max(raised) <= round_cap(job.recipe) < sum(raised[-3:])
+    rows, _ = cashier.earned(town.hub, job.id)
+    terms = []
     for row, shown, settled in zip(
         town.rows(schema.settlements, job=job.id), job.view()["settlements"], on_chain, strict=True
     ):
@@ -146,11 +155,12 @@ def test_each_merged_round_is_settled_and_every_record_agrees(town: Town, anna: 
         assert row["total"] == int(shown["total"]) == settled.total == sum(leaves.amounts.values())
         assert "0x" + row["leaves"] == "0x" + shown["leaves"] == settled.data_hash
         assert row["tx"] == shown["tx"] == settled.tx
-        earned = dict.fromkeys(leaves.amounts, 0)
-        for one in town.rows(schema.contributions, job=job.id):
-            if one["round"] <= settled.round:
-                earned[one["worker"]] += shard_reward(job.recipe, one["round"], one["shard"])
-        assert leaves.amounts == earned
+        assert (leaves.ended, leaves.limit) == (settled.round >= 12, round_cap(job.recipe))
+        terms.append(Terms(leaves.round, leaves.ended, leaves.limit))
+        assert recount(rows, terms)[-1] == leaves.amounts
+    for number in (10, 11):
+        paid = [shard_reward(job.recipe, round_, shard) for round_ in range(1, number - 8) for shard in (0, 1)]
+        assert on_chain[number - 10].total == sum(paid)
     assert on_chain[-1].total == job_price(job.recipe)
 
 
@@ -242,7 +252,6 @@ def test_a_round_that_the_escrow_does_not_cover_waits_for_a_top_up(town: Town, a
     job = town.publish(rounds=2, shards=2, escrow=round_price_of_first())
     finish(job, anna)
     assert (job.state, job.row["round"], anna.lease(job)) == ("unfunded", 1, None)
-    assert [one.round for one in town.chain.settlements(job.id)] == [1], "what was earned is settled meanwhile"
 
     short = town.owner.post(f"/v1/jobs/{job.id}/fund")
     assert (short.status_code, short.json()["code"]) == (402, "job.unfunded")
@@ -289,24 +298,99 @@ def test_a_tick_that_has_nothing_to_do_does_nothing(town: Town, anna: Person) ->
     assert town.chain.node.head() == blocks
 
 
-def test_a_settlement_that_was_not_written_down_is_found_again(town: Town, anna: Person) -> None:
-    """The hub dies after its transaction is in a block and before its own row is: it settles once."""
-    job = town.publish(rounds=2, shards=1)
-    anna.work(job)
-    town.tick()
+def test_a_settlement_whose_answer_was_lost_is_found_again(
+    town: Town, anna: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub dies after its transaction is in a block and before it knows: it settles once."""
+    job = town.publish(rounds=1, shards=1)
+    settle = town.port.settle
+
+    def lost(*arguments: Any) -> Any:
+        settle(*arguments)
+        raise TrainChainError("chain.unreachable", "The answer was lost.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(town.port, "settle", lost)
+        finish(job, anna)
     written = town.row(schema.settlements, job=job.id)
-    with town.hub.store.write() as db:
-        db.execute(delete(schema.settlements).where(schema.settlements.c.job == job.id))
-        db.execute(update(schema.jobs).where(schema.jobs.c.id == job.id).values(settled_round=0))
+    assert (written["tx"], job.view()["settlements"], job.state) == (None, [], "finished")
     blocks = town.chain.node.head()
 
     town.tick()
 
-    assert town.row(schema.settlements, job=job.id) == written
+    (settled,) = town.chain.settlements(job.id)
+    assert town.row(schema.settlements, job=job.id) == {**written, "tx": settled.tx}
     assert town.chain.node.head() == blocks
-    assert len(town.chain.settlements(job.id)) == 1
-    finish(job, anna)
     assert job.state == "settled"
+
+
+@pytest.mark.parametrize("dropped", [1, 2, 3])
+def test_settlements_that_the_chain_drops_are_sent_again(
+    town: Town, anna: Person, monkeypatch: pytest.MonkeyPatch, dropped: int
+) -> None:
+    """Its last blocks were replaced by others, which do not have them."""
+    job, settle = town.publish(rounds=3, shards=1), town.port.settle
+    sent = []
+
+    def send(*arguments: Any) -> Any:
+        sent.append(arguments)
+        return settle(*arguments) if len(sent) <= 3 - dropped else "0x" + "5a" * 32
+
+    with monkeypatch.context() as patch:
+        patch.setattr(town.port, "settle", send)
+        patch.setattr(cashier, "_dropped", lambda *_: False)
+        finish(job, anna)
+        assert job.state == "settled"
+    assert len(town.chain.settlements(job.id)) == 3 - dropped
+    town.clock.forward(cashier.LOOK_SECONDS)
+
+    town.tick()
+
+    on_chain = town.chain.settlements(job.id)
+    assert [(row.round, row.tx) for row in on_chain] == [
+        (row["round"], row["tx"]) for row in town.rows(schema.settlements, job=job.id)
+    ]
+    assert on_chain[-1].total == job_price(job.recipe)
+    assert job.state == "settled"
+
+
+def test_a_settlement_that_the_chain_refuses_is_made_anew(
+    town: Town, anna: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its being written and its being sent a voucher took the money that it counted on."""
+    job = town.publish(rounds=1, shards=2, budget=job_price(a_recipe(rounds=1, shards=2)))
+    first = anna.work(job)
+    with monkeypatch.context() as patch:
+        patch.setattr(town.port, "settle", away)
+        finish(job, anna)
+    owed = job_price(job.recipe)
+    assert town.row(schema.settlements, job=job.id)["total"] == owed
+    voucher = town.port.sign("Voucher", {"jobId": job.id, "account": anna.address, "cumulative": int(first["amount"])})
+    town.chain.transfer_gas(town.rich, anna.address, COIN)
+    town.chain.redeem_voucher(anna.wallet, job.id, anna.address, int(first["amount"]), voucher)
+
+    town.tick()
+    assert town.rows(schema.settlements, job=job.id) == [], "the escrow does not cover it"
+    town.tick()
+
+    assert job.state == "settled"
+    assert town.chain.job(job.id).claimed == int(first["amount"])
+    assert town.chain.job(job.id).settled == town.chain.job(job.id).total == owed, "the advance is counted"
+    assert [leaf_of(job, number, anna)[0] for number in (1, 2)] == [int(first["amount"]), owed]
+
+
+def a_recipe(**sizes: int) -> ResolvedRecipe:
+    return recipe(job_files(), **sizes)
+
+
+def away(*_: Any) -> Any:
+    raise TrainChainError("chain.unreachable", "The chain is away.")
+
+
+def leaf_of(job: Job, number: int, who: Person) -> tuple[int, list[str]]:
+    """A leaf of a settlement and its proof."""
+    leaves = who.fetch(job.town.row(schema.settlements, job=job.id, round=number)["leaves"])
+    return proof_for(read_leaves(leaves), who.address)
 
 
 def test_a_merge_that_was_not_written_down_comes_out_the_same(town: Town, anna: Person) -> None:
@@ -372,13 +456,9 @@ def test_nothing_moves_while_the_chain_is_away_and_nothing_is_lost(
     town: Town, anna: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = town.publish(rounds=3, shards=1)
-    away = TrainChainError("chain.unreachable", "The chain is away.")
-
-    def settle(*_: Any) -> Any:
-        raise away
 
     with monkeypatch.context() as patch:
-        patch.setattr(town.port, "settle", settle)
+        patch.setattr(town.port, "settle", away)
         finish(job, anna)
         assert job.state == "finished", "rounds go on without the chain"
         assert town.chain.settlements(job.id) == []
@@ -386,7 +466,7 @@ def test_nothing_moves_while_the_chain_is_away_and_nothing_is_lost(
     town.tick()
 
     assert job.state == "settled"
-    assert [one.round for one in town.chain.settlements(job.id)] == [1, 2, 3], "each adds what one may"
+    assert [one.round for one in town.chain.settlements(job.id)] == [3, 4, 5], "each adds what one may"
     assert parts(town.chain, job.id)[1] == job_price(job.recipe)
 
 
@@ -395,14 +475,11 @@ def test_settlements_that_the_chain_missed_follow_each_other_at_the_pace_of_the_
 ) -> None:
     job = town.publish(rounds=3, shards=1, activation_delay=100)
 
-    def away(*_: Any) -> Any:
-        raise TrainChainError("chain.unreachable", "The chain is away.")
-
     with monkeypatch.context() as patch:
         patch.setattr(town.port, "settle", away)
         finish(job, anna)
 
-    for settled in ([1], [1, 2], [1, 2, 3]):
+    for settled in ([3], [3, 4], [3, 4, 5]):
         assert job.state == "finished"
         town.tick()
         town.clock.forward(99)
@@ -455,18 +532,21 @@ def test_a_leaf_of_another_cannot_be_claimed_with_one_s_own_proof(town: Town, an
 def test_a_hub_that_serves_other_leaves_is_found_out(
     town: Town, anna: Person, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The proof is made from the file whose digest stands on chain, or not at all."""
+    """The proof is made from the file whose digest stands on chain, or not at all: then the voucher pays."""
     job = town.publish(rounds=1, shards=1)
     finish(job, anna)
     town.chain.transfer_gas(town.rich, anna.address, COIN)
     leaves = town.row(schema.settlements, job=job.id)["leaves"]
     place = town.root / "objects" / leaves[:2] / leaves[2:]
-    place.write_bytes(place.read_bytes().replace(b"leaves/1", b"leaves/2"))
+    place.write_bytes(place.read_bytes().replace(b"leaves/2", b"leaves/1"))
 
-    with pytest.raises(TrainChainError) as caught:
-        claim(anna, tmp_path)
+    found = claim(anna, tmp_path)
 
-    assert (caught.value.code, caught.value.exit_code) == ("object.digest", 4)
+    assert [failure["code"] for failure in found["failed"]] == ["object.digest"]
+    assert collect.exit_code(found["failed"]) == 4
+    assert [(row["kind"], row["claimed"]) for row in found["claims"]] == [
+        ("voucher", str(town.row(schema.contributions, job=job.id)["reward"]))
+    ]
 
 
 def test_the_faucet_gives_each_wallet_tokens_once(town: Town, anna: Person) -> None:

@@ -1,10 +1,13 @@
 """What owner, worker and hub may do to each other: stop a job, halt its escrow, sit on shards, fill the disk."""
 
+from typing import Any
+
 import pytest
 
 from tests.fixtures_hub import Person, Town, numbers
 from trainchain.chain import eip712
 from trainchain.cli import wiring
+from trainchain.core import checks
 from trainchain.core.adapter import adapter_bytes, read_adapter
 from trainchain.core.digests import sha256
 from trainchain.core.errors import TrainChainError
@@ -83,13 +86,13 @@ def test_a_receipt_by_anybody_but_the_hub_does_not_pass(town: Town, anna: Person
     delta = adapter_bytes(numbers(11))
     anna.upload(lease, delta).raise_for_status()
     receipt = anna.hand_in(lease, anna.signed(anna.message(lease, delta))).json()
-    fields = {key: receipt[key] for key in ("jobId", "round", "shard", "lease", "worker", "deltaHash")}
-    check = wiring.receipt_checker(town.chain, town.keys.address)
+    fields = {key: receipt[key] for key in ("jobId", "round", "shard", "lease", "worker", "deltaHash", "place")}
+    check = wiring.promise_checker(town.chain, town.keys.address)
 
-    assert check({**fields, "amount": int(receipt["amount"])}, receipt["signature"])
-    assert not check({**fields, "amount": int(receipt["amount"]) + 1}, receipt["signature"])
+    assert check("Receipt", {**fields, "amount": int(receipt["amount"])}, receipt["signature"])
+    assert not check("Receipt", {**fields, "amount": int(receipt["amount"]) + 1}, receipt["signature"])
     forged = eip712.sign(town.chain.domain, "Receipt", {**fields, "amount": int(receipt["amount"])}, anna.wallet)
-    assert not check({**fields, "amount": int(receipt["amount"])}, forged)
+    assert not check("Receipt", {**fields, "amount": int(receipt["amount"])}, forged)
 
 
 def test_a_wallet_holds_so_many_leases_and_no_more(town: Town, anna: Person, ben: Person) -> None:
@@ -151,14 +154,15 @@ def test_bytes_that_go_while_they_are_judged_are_not_accepted(
     lease = anna.must_lease(job)
     first, second = adapter_bytes(numbers(1)), adapter_bytes(numbers(2))
     anna.upload(lease, first).raise_for_status()
-    sign = town.port.sign
+    judge = checks.read_delta
 
-    def upload_and_sign(kind: str, fields: dict[str, object]) -> str:
+    def judge_and_upload(*arguments: Any) -> Any:
         monkeypatch.undo()
+        judged = judge(*arguments)
         anna.upload(lease, second).raise_for_status()
-        return sign(kind, fields)
+        return judged
 
-    monkeypatch.setattr(town.port, "sign", upload_and_sign)
+    monkeypatch.setattr(checks, "read_delta", judge_and_upload)
     answer = anna.hand_in(lease, anna.signed(anna.message(lease, first)))
 
     assert answer.json()["code"] == "delta.missing"

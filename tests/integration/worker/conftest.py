@@ -16,6 +16,7 @@ from trainchain.core.settings import Settings
 from trainchain.core.worker.agent import Worker
 from trainchain.core.worker.cache import Cache
 from trainchain.core.worker.child import Child, child_environment
+from trainchain.core.worker.dues import Dues, Limit
 from trainchain.core.worker.fleet import Quota
 from trainchain.core.worker.keys import Exchange
 
@@ -56,6 +57,7 @@ class Bench:
         job: str | None = None,
         on_event: Callable[[dict[str, Any]], None] | None = None,
         environment: dict[str, str] | None = None,
+        limit: Limit | None = None,
         **options: Any,
     ) -> Worker:
         def note(event: dict[str, Any]) -> None:
@@ -75,7 +77,15 @@ class Bench:
             child,
             sign=wiring.contribution_signer(self.person.wallet, chain),
             check_job=wiring.job_checker(chain, told, now=self.town.clock),
-            check_receipt=wiring.receipt_checker(chain, told["hub"]),
+            dues=Dues(
+                client,
+                wiring.paybook_of(Settings(self.home, ""), self.person.wallet, chain, told["hub"]),
+                wiring.onlooker(Settings(self.home, ""), self.person.wallet, chain, client),
+                wiring.window_of(self.person.wallet, chain),
+                note,
+                limit=limit,
+                now=self.town.clock,
+            ),
             on_event=note,
             exchange=Exchange(*wiring.exchange_of(Settings(self.home, ""), self.person.wallet, chain), chain.chain_id),
             job=job,

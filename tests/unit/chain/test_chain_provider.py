@@ -1,11 +1,14 @@
+import gzip
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from trainchain.chain.escrow import connect
-from trainchain.chain.provider import mask
+from trainchain.chain.provider import HttpProvider, mask
+from trainchain.cli.devnet import devnet
 from trainchain.core.errors import TrainChainError
 
 SECRET = "a1b2c3-secret-key"
@@ -61,6 +64,23 @@ def test_an_address_of_no_known_kind(address, tmp_path):
     with pytest.raises(TrainChainError) as caught:
         connect(address, home=tmp_path, timeout=1, retries=0)
     assert (caught.value.code, caught.value.exit_code) == ("chain.unknown", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_holds_no_chain_is_left_as_it_is(tmp_path):
+    path = tmp_path / "chain" / "x.sqlite"
+    path.parent.mkdir()
+    path.write_bytes(b"no chain at all " * 100)
+    problem, _ = problem_of("embedded:x", home=tmp_path)
+    assert (problem.code, str(path) in problem.message) == ("chain.wrong", True)
+    assert path.read_bytes() == b"no chain at all " * 100
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "x.y", "a" * 65])
+def test_the_devnet_command_takes_no_other_names_than_a_hub_does(name, tmp_path):
+    with pytest.raises(TrainChainError) as caught:
+        devnet(name=name, port=0, home=tmp_path, json_=False)
+    assert caught.value.code == "chain.unknown"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,3 +151,87 @@ def test_a_chain_that_answers_nonsense(server, result):
 )
 def test_a_url_is_shown_without_its_keys(address, shown):
     assert mask(address) == shown
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Sends piece after piece, as long as anybody listens."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(self.server.status)
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        try:
+            for piece in self.server.pieces():
+                self.wfile.write(piece)
+        except (BrokenPipeError, ConnectionResetError):
+            self.server.hung_up.set()
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.fixture
+def endless():
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    made.status, made.headers, made.hung_up, made.daemon_threads = 200, {}, threading.Event(), True
+    thread = threading.Thread(target=made.serve_forever, args=(0.01,))
+    thread.start()
+    yield made
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+def test_an_answer_without_end_is_not_read_to_the_end(endless):
+    endless.pieces = lambda: iter(lambda: b" " * (1 << 20), None)
+    problem, naps = problem_of(url(endless))
+    assert (problem.code, naps) == ("chain.wrong", [])
+    assert "more than 33554432 bytes" in problem.message
+    assert endless.hung_up.wait(20)
+
+
+@pytest.mark.parametrize("status", [301, 307])
+def test_nobody_is_followed_elsewhere(endless, server, status):
+    server.answers = [(200, b'{"jsonrpc": "2.0", "id": 0, "result": "0x1"}')]
+    endless.status, endless.headers = status, {"Location": f"http://127.0.0.1:{server.server_address[1]}/"}
+    endless.pieces = lambda: iter(lambda: b" " * (1 << 20), None)
+    problem, naps = problem_of(url(endless))
+    assert (problem.code, naps, server.asked) == ("chain.wrong", [], 0)
+    assert endless.hung_up.wait(20)
+
+
+def test_nor_is_one_that_is_small_until_it_is_unpacked(endless):
+    packed = gzip.compress(b" " * (64 << 20))
+    endless.headers = {"Content-Encoding": "gzip", "Content-Length": str(len(packed))}
+    endless.pieces = lambda: [packed]
+    assert len(packed) < 100_000
+    problem, _ = problem_of(url(endless))
+    assert (problem.code, "more than" in problem.message) == ("chain.wrong", True)
+
+
+def test_an_answer_in_drops_is_given_up(endless):
+    endless.pieces = lambda: iter(lambda: b" ", None)
+    ticks = iter(range(0, 10**6, 4))
+    provider = HttpProvider(url(endless), timeout=2, retries=1, sleep=lambda _: None, clock=lambda: next(ticks))
+    with pytest.raises(TrainChainError) as caught:
+        provider.make_request("eth_chainId", [])
+    assert (caught.value.code, caught.value.exit_code) == ("chain.unreachable", 3)
+    assert "TimeoutError" in caught.value.message
+    provider.close()
+
+
+def test_a_chain_that_says_nothing_is_not_waited_for_for_ever():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        problem, _ = problem_of(f"http://127.0.0.1:{silent.getsockname()[1]}/{SECRET}", timeout=0.05, retries=1)
+    assert (problem.code, "ReadTimeout" in problem.message) == ("chain.unreachable", True)
+
+
+def test_a_node_that_quotes_its_key_is_not_quoted(server):
+    quoted = url(server)
+    bare = {"code": -32000, "message": f"no: {quoted} and {SECRET.upper()}", "data": "0x" + SECRET.encode().hex()}
+    server.answers = [(200, json.dumps({"jsonrpc": "2.0", "id": 0, "error": bare}).encode())]
+    problem, _ = problem_of(quoted)
+    assert SECRET not in problem.message.lower()
+    assert "***" in problem.message

@@ -15,7 +15,7 @@ ANNA, BEN, CARL = ("0x" + digits * 20 for digits in ("11", "22", "33"))
 
 
 def made():
-    return settlement.leaves_file(JOB, 3, {BEN: 5, ANNA: 2**100, CARL: 0})
+    return settlement.leaves_file(JOB, 3, {BEN: 5, ANNA: 2**100, CARL: 0}, ended=False, limit=9)
 
 
 def settled(data):
@@ -25,11 +25,13 @@ def settled(data):
 
 def test_the_file_has_one_form_without_zeros():
     data = made()
-    assert data == settlement.leaves_file("ab" * 32, 3, {ANNA: 2**100, BEN: 5})
+    assert data == settlement.leaves_file("ab" * 32, 3, {ANNA: 2**100, BEN: 5}, ended=False, limit=9)
     assert json.loads(data) == {
-        "format": "trainchain.leaves/1",
+        "format": "trainchain.leaves/2",
         "job": JOB,
         "round": 3,
+        "ended": False,
+        "limit": "9",
         "leaves": [[ANNA, str(2**100)], [BEN, "5"]],
     }
 
@@ -60,7 +62,15 @@ def test_a_proof_from_the_file_holds():
         made().replace(b'"5"', b'"1e5"'),
         made().replace(b'"5"', '"\u0665"'.encode()),
         made().replace(b'"5"', b'"' + b"9" * 39 + b'"'),
-        made().replace(b"leaves/1", b"leaves/2"),
+        made().replace(b"leaves/2", b"leaves/1"),
+        made().replace(b'"ended":false', b'"ended":0'),
+        made().replace(b'"ended":false', b'"ended":null'),
+        made().replace(b'"ended":false,', b""),
+        made().replace(b'"limit":"9"', b'"limit":9'),
+        made().replace(b'"limit":"9"', b'"limit":"0"'),
+        made().replace(b'"limit":"9"', b'"limit":"-9"'),
+        made().replace(b'"limit":"9"', b'"limit":"' + str(2**128).encode() + b'"'),
+        made().replace(b',"limit":"9"', b""),
         made().replace(b'"round":3', b'"round":-3'),
         made().replace(b'"round":3', b'"round":true'),
         made().replace(b'"round":3', b'"round":3,"round":3'),
@@ -72,6 +82,15 @@ def test_any_other_bytes_are_refused(data):
     with pytest.raises(TrainChainError) as caught:
         settlement.read_leaves(data)
     assert caught.value.code == "settlement.mismatch"
+
+
+def test_it_says_by_which_rule_it_was_added_up():
+    leaves = settlement.read_leaves(settlement.leaves_file(JOB, 7, {BEN: 5}, ended=True, limit=2**128 - 1))
+    assert (leaves.round, leaves.ended, leaves.limit) == (7, True, 2**128 - 1)
+    one, other = (settlement.leaves_file(JOB, 7, {BEN: 5}, ended=ended) for ended in (True, False))
+    whole = [settlement.settle_leaves(data) for data in (one, other)]
+    assert whole[0].root == whole[1].root
+    assert whole[0].data_hash != whole[1].data_hash
 
 
 def test_a_settlement_with_nobody_in_it_is_refused():

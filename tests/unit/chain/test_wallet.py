@@ -79,6 +79,29 @@ def test_a_missing_or_garbled_file_is_told_apart(tmp_path):
     assert code_of(wallet.open, tmp_path, "") == "wallet.unreadable"
 
 
+@pytest.mark.parametrize(
+    "costly",
+    [
+        {"kdf": "scrypt", "n": 2**24, "r": 8, "p": 1, "dklen": 32},
+        {"kdf": "scrypt", "n": 2, "r": 8, "p": 1, "dklen": 2**20},
+        {"kdf": "pbkdf2", "c": 10**7 + 1, "prf": "hmac-sha256", "dklen": 32},
+        {"kdf": "pbkdf2", "c": 1, "prf": "hmac-sha256", "dklen": 2**20},
+    ],
+)
+def test_a_file_that_would_take_all_memory_or_days_to_open_is_not_opened(costly):
+    good = wallet.Wallet(KEY).keystore("")
+    crypto = {**good["crypto"], "kdf": costly["kdf"], "kdfparams": {**costly, "salt": "00" * 16}}
+    assert code_of(wallet.unlock, json.dumps({**good, "crypto": crypto}).encode(), "", "here") == "wallet.unreadable"
+
+
+def test_what_it_takes_to_open_a_file_is_read_where_it_is_opened():
+    good = wallet.Wallet(KEY).keystore("")
+    costly = {"c": 10**7 + 1, "prf": "hmac-sha256", "dklen": 32, "salt": "00" * 16}
+    crypto = {**good["crypto"], "kdf": "pbkdf2", "kdfparams": costly}
+    decoy = {"a": {"kdfparams": {"c": 1}}, **good, "crypto": crypto}
+    assert code_of(wallet.unlock, json.dumps(decoy).encode(), "", "here") == "wallet.unreadable"
+
+
 def test_the_key_does_not_show():
     made = wallet.Wallet(KEY)
     for text in (repr(made), str(made), repr(vars(type(made)).keys())):

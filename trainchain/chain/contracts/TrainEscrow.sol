@@ -37,9 +37,9 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
     /// @param hub Who settles, and signs vouchers.
     /// @param deadline Seconds since 1970. Until then the job can be funded.
     /// @param grace Seconds after the deadline for which settlements and vouchers are still taken, the last second
-    /// included. The owner reclaims strictly after.
-    /// @param activationDelay Seconds before a new root, or a new hub, takes effect; at most `grace`, so that a
-    /// last settlement always finds room before the window closes.
+    /// included. The owner reclaims strictly after. A new hub, too, waits for so long before it takes over.
+    /// @param activationDelay Seconds before a new root takes effect; at most `grace`, so that a last settlement
+    /// always finds room before the window closes.
     /// @param roundCap The most by which one settlement may raise the total.
     /// @param specHash sha256 of the resolved recipe.
     /// @param salt Makes the job's id, with chain, contract and owner.
@@ -262,14 +262,14 @@ contract TrainEscrow is EIP712, ReentrancyGuardTransient {
         emit Halted(jobId, j.deadline);
     }
 
-    /// @notice Name another hub. It takes over, and the old one's unredeemed vouchers lapse, after the delay.
-    /// Naming the present hub takes a proposal back.
+    /// @notice Name another hub. It takes over, and the old one's unredeemed vouchers lapse, after the grace time: the
+    /// time that a halt leaves them. Naming the present hub takes a proposal back.
     function proposeHub(bytes32 jobId, address hub) external {
         Job storage j = _owned(jobId);
         if (hub == address(0)) revert BadHub(hub);
         j.hub = _hubOf(j);
         j.nextHub = hub;
-        j.nextHubAt = SafeCast.toUint48(block.timestamp + j.activationDelay);
+        j.nextHubAt = SafeCast.toUint48(block.timestamp + j.grace);
         emit HubProposed(jobId, hub, j.nextHubAt);
     }
 

@@ -61,11 +61,12 @@ class Devnet:
         self._store.close()
 
     def faucet(self) -> wallet.Wallet:
-        """The wallet that the genesis block funded. Raises `wallet.missing` where its file is lost."""
+        """The wallet that the genesis block funded; it signs for this chain only. Raises `wallet.missing` where its
+        file is lost."""
         found = wallet.open(self._faucet_path)
         if found.address != self._faucet_address:
             raise TrainChainError("wallet.missing", f"{self._faucet_path.name} is not the faucet of this chain.")
-        return found
+        return found.bound(self.chain_id)
 
     def now(self) -> int:
         """The chain's time: the clock plus what `advance` added."""
@@ -177,12 +178,13 @@ class Devnet:
         with self._store.lock:
             if self._store.note("chain_id") is not None:
                 return
-        faucet = wallet.load_or_create(self._faucet_path).address
+        # Random, so that two devnets never share a signature domain; 40 bits fit a JavaScript number. Processes that
+        # start at once take the one that is in the faucet's file.
+        key = wallet.load_or_create(self._faucet_path, only_chain=chain_id or 2**39 + secrets.randbelow(2**39))
+        faucet, chosen = key.address, key.only_chain or chain_id or 2**39 + secrets.randbelow(2**39)
         with self._store.writing():
             if self._store.note("chain_id") is not None:
                 return  # another process was first
-            # Random, so that two devnets never share a signature domain; 40 bits fit a JavaScript number.
-            chosen = chain_id or 2**39 + secrets.randbelow(2**39)
             database, time = AtomicDB(self._store), int(self._clock())
             write_genesis(database, chosen, time=time, funded=from_hex(faucet), coins=_SUPPLY)
             self._store.set_note("chain_id", str(chosen))

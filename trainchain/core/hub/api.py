@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from trainchain import __version__
 from trainchain.core.errors import TrainChainError
-from trainchain.core.hub import access, contributions, faucet, jobs, keys, leases, sessions, views
+from trainchain.core.hub import access, contributions, faucet, jobs, keys, leases, relay, sessions, views, vouchers
 from trainchain.core.hub.service import Hub
 from trainchain.core.models import MAX_INT, PROTOCOL, Model, SignedContribution, parse
 from trainchain.core.objects import Spool
@@ -30,6 +30,7 @@ REPORT_BODY = 2 << 20
 """An evaluation holds the answers to the sample prompts."""
 RECIPE_BODY = 64 << 20
 CHAIN_BODY = 1 << 20
+CLAIMS_BODY = 1 << 20
 MAX_WAIT = 25.0
 
 After = Annotated[int, Query(ge=0, le=MAX_INT)]
@@ -259,7 +260,15 @@ def create_app(hub: Hub) -> FastAPI:
 
     @app.get("/v1/earned")
     async def earned(request: Request) -> dict[str, Any]:
-        return {"jobs": await thread(views.jobs_of, hub, await wallet(request))}
+        return {"jobs": await thread(views.earned, hub, await wallet(request))}
+
+    @app.get("/v1/jobs/{job_id}/voucher")
+    async def voucher(request: Request, job_id: str) -> dict[str, Any]:
+        return await thread(vouchers.voucher_of, hub, job_id, await wallet(request))
+
+    @app.post("/v1/claims")
+    async def claim(request: Request) -> dict[str, Any]:
+        return await thread(relay.relay, hub, await parsed(request, relay.Claims, CLAIMS_BODY))
 
     @app.post("/v1/leases")
     async def take(request: Request) -> Response:

@@ -1,104 +1,247 @@
-"""Settling: cumulative amounts of all merged rounds go on chain as a Merkle root. Safe to repeat.
+"""Settling: what has vested goes on chain as a Merkle root of cumulative amounts. Safe to repeat.
 
-What came late is settled with the round that took it in, so that a settled round's amounts never change.
+What came late is settled with the round that took it in, so that what counts by a settled round never changes.
 
-The chain is asked outside any transaction; what it did is found again by (job, round, root).
+A settlement is written down before it is sent, and sent again as it is after a crash: what is settled is thus decided
+once. The chain is asked outside any transaction.
 """
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import delete, func, insert, or_, select, update
 
 from trainchain.core.errors import TrainChainError
-from trainchain.core.hub import jobs, keys, schema
+from trainchain.core.hub import jobs, keys, schema, vouchers
 from trainchain.core.hub.contributions import drop_unnamed, publish_rest
-from trainchain.core.hub.service import Hub, attempt
+from trainchain.core.hub.service import EscrowJob, Hub, attempt, log
 from trainchain.core.hub.store import Row, move, one, record
-from trainchain.core.states import ENDED, Job, Lease, Round
+from trainchain.core.rewards import Earned, Terms, added, totals
+from trainchain.core.states import ENDED, Job, Round
 
 _COUNTED = func.coalesce(schema.contributions.c.merged_in, schema.contributions.c.round)
 """The round whose settlement pays a contribution."""
+_MOST = 2**128 - 1
+LOOK_SECONDS = 60.0
+"""Between two looks at the escrow of a job that nothing is due for."""
+LOOKED_AT = frozenset({Job.UNFUNDED, Job.OPEN, Job.RUNNING, Job.SETTLED})
 SETTLING = frozenset(Job) - {Job.CLOSED}
 
 
 def tick(hub: Hub) -> bool:
-    """Settle what is due, look for money that unfunded jobs wait for; True if anything moved."""
+    """Settle what is due, look for money that unfunded jobs wait for; True if anything moved.
+
+    A job whose escrow was never seen holds up nothing: anybody may publish as many as they like.
+    """
     moved = False
     with hub.store.read() as db:
-        query = select(schema.jobs).where(schema.jobs.c.state.in_(SETTLING))
+        known = or_(schema.jobs.c.state != Job.UNFUNDED, schema.jobs.c.deadline.is_not(None))
+        query = select(schema.jobs).where(schema.jobs.c.state.in_(SETTLING), known)
         rows = list(db.execute(query).mappings())
     for job in rows:
         moved = attempt(_settle, hub, job) or moved
-        if job["state"] == Job.UNFUNDED and job["deadline"] is not None:
+        if job["state"] in LOOKED_AT and hub.clock() >= hub.looked.get(job["id"], 0.0) + LOOK_SECONDS:
+            moved = attempt(_look_at_escrow, hub, job) or moved
+        if job["state"] == Job.UNFUNDED:
             moved = attempt(_look_for_money, hub, job) or moved
     if moved:
         hub.bell.ring()
     return moved
 
 
-def amounts(hub: Hub, job_id: str, through: int) -> dict[str, int]:
-    """What each wallet has earned that counts in rounds 1 to `through`: token units, cumulative."""
-    query = select(schema.contributions.c.worker, schema.contributions.c.reward).where(
-        schema.contributions.c.job == job_id, _COUNTED.between(1, through)
-    )
-    totals: dict[str, int] = {}
+def earned(hub: Hub, job_id: str) -> tuple[list[Earned], set[tuple[int, int]]]:
+    """All that was accepted in a job, and the rounds and shards of what a settlement pays, sent or about to be."""
+    table = schema.contributions
+    columns = (table.c.round, table.c.shard, table.c.worker, table.c.place, table.c.reward, _COUNTED)
+    rows, settled = [], set()
     with hub.store.read() as db:
-        for worker, reward in db.execute(query):
-            totals[worker] = totals.get(worker, 0) + reward
-    return {worker: total for worker, total in totals.items() if total > 0}
-
-
-def _due(hub: Hub, job: Row) -> tuple[int, bool]:
-    """The round through which the job may be settled now, and whether that is all: it has ended, and nothing that is
-    held can add to it. Until then its last round waits, since late work of that counts in no other."""
-    contributions, rounds, leases = schema.contributions, schema.rounds, schema.leases
-    held = select(leases.c.id).where(leases.c.job == job["id"], leases.c.state == Lease.HELD, leases.c.kind == "train")
-    merged = select(func.max(rounds.c.round)).where(rounds.c.job == job["id"], rounds.c.state == Round.MERGED)
-    counted = select(func.max(_COUNTED)).where(contributions.c.job == job["id"])
-    with hub.store.read() as db:
-        if job["state"] in ENDED and db.execute(held.limit(1)).first() is None:
-            return max(job["round"], db.execute(counted).scalar() or 0), True
-        return min(db.execute(merged).scalar() or 0, hub.recipe(job).rounds - 1), False
+        for *fields, number in db.execute(select(*columns, table.c.settled_in).where(table.c.job == job_id)):
+            rows.append(Earned(*fields))
+            if number is not None:
+                settled.add((rows[-1].round, rows[-1].shard))
+    return rows, settled
 
 
 def _settle(hub: Hub, job: Row) -> bool:
+    unsent = select(schema.settlements).where(schema.settlements.c.job == job["id"], schema.settlements.c.tx.is_(None))
+    with hub.store.read() as db:
+        written = db.execute(unsent.order_by(schema.settlements.c.round).limit(1)).mappings().first()
+    if written is not None:
+        return _send(hub, job, written)
     if job["state"] == Job.SETTLED:
         return _close(hub, job)
-    through, final = _due(hub, job)
-    escrow = hub.chain.job(job["id"]) if through > job["settled_round"] else None
-    # The owner may have told the escrow to take no further root: what is not settled by then stays unpaid.
-    if escrow is not None and not escrow.halted:
-        through, owed = _step(hub, job, through, escrow.round_cap)
-    else:
-        owed = {}
-    if owed:
-        settled = hub.chain.settle(job["id"], through, owed)
-        leaves = hub.objects.put(settled.leaves)
-        now = hub.clock()
-        with hub.store.write() as db:
-            if one(db, schema.settlements, job=job["id"], round=through) is None:
-                db.execute(
-                    insert(schema.settlements).values(
-                        job=job["id"],
-                        round=through,
-                        root=settled.root,
-                        total=settled.total,
-                        leaves=leaves,
-                        tx=settled.tx,
-                        at=now,
-                    )
-                )
-                record(
-                    db, job["id"], f"settlement/{through}", "settled", now,
-                    {"root": settled.root, "total": str(settled.total), "tx": settled.tx},
-                )  # fmt: skip
-            if one(db, schema.objects, digest=leaves, job=job["id"]) is None:
-                db.execute(
-                    insert(schema.objects).values(
-                        digest=leaves, job=job["id"], size=len(settled.leaves), public=True, present=True
-                    )
-                )
-            db.execute(update(schema.jobs).where(schema.jobs.c.id == job["id"]).values(settled_round=through))
+    ended = vouchers.ended(hub, job)
+    if ended:  # first: they need no chain
+        vouchers.vest_all(hub, job["id"])
+    terms = Terms(_number(hub, job, ended=ended), ended, _MOST)
+    if terms.number <= job["settled_round"]:
+        return False
+    rows, settled = earned(hub, job["id"])
+    if not added(rows, settled, terms):
+        return ended and _finish(hub, job)
+    escrow = hub.chain.job(job["id"])
+    if escrow is None:
+        return False
+    if escrow.halted or _replaced(hub, escrow) or hub.clock() > escrow.deadline + escrow.grace:
+        return _stopped(hub, job, escrow, ended=ended)
+    if _dropped(hub, job, escrow):
         return True
-    return final and _settled(hub, job)
+    if hub.clock() < escrow.pending_at:
+        return False
+    if _count_advances(hub, job, escrow):
+        escrow = hub.chain.job(job["id"]) or escrow
+    terms = terms._replace(limit=min(escrow.round_cap, escrow.free))
+    more = added(rows, settled, terms)
+    if not more:
+        # A voucher that was redeemed is reserved twice until its leaf is counted: what is left can be too little.
+        log.warning("job %s: %d units are free in its escrow, too few to settle; vouchers pay", job["id"], escrow.free)
+        return False
+    paid = [row for row in rows if (row.round, row.shard) in settled]
+    return _send(hub, job, _write(hub, job, terms, totals([*paid, *more]), more))
+
+
+def _number(hub: Hub, job: Row, *, ended: bool) -> int:
+    """The number that the next settlement has: the last merged round, whose work nothing late can change any more.
+    The last round's waits for the job's end, since late work of that counts in no other; from there on each
+    settlement is numbered one on, as many as the escrow's cap needs."""
+    rounds, contributions = schema.rounds, schema.contributions
+    merged = select(func.max(rounds.c.round)).where(rounds.c.job == job["id"], rounds.c.state == Round.MERGED)
+    counted = select(func.max(_COUNTED)).where(contributions.c.job == job["id"])
+    with hub.store.read() as db:
+        if ended:
+            return int(max(job["settled_round"] + 1, job["round"], db.execute(counted).scalar() or 0))
+        return min(db.execute(merged).scalar() or 0, hub.recipe(job).rounds - 1)
+
+
+def _write(hub: Hub, job: Row, terms: Terms, owed: dict[str, int], more: list[Earned]) -> Row:
+    made = hub.chain.settlement(job["id"], terms, owed)
+    leaves = hub.objects.put(made.leaves)
+    table, paid, key = schema.settlements, schema.contributions, {"job": job["id"], "round": terms.number}
+    with hub.store.write() as db:
+        db.execute(
+            insert(table).values(
+                **key,
+                root=made.root,
+                total=made.total,
+                leaves=leaves,
+                ended=terms.ended,
+                limit=terms.limit,
+                tx=None,
+                at=hub.clock(),
+            )
+        )
+        for row in more:
+            here = (paid.c.job == job["id"]) & (paid.c.round == row.round) & (paid.c.shard == row.shard)
+            db.execute(update(paid).where(here).values(settled_in=terms.number))
+        if one(db, schema.objects, digest=leaves, job=job["id"]) is None:
+            size = len(made.leaves)
+            db.execute(
+                insert(schema.objects).values(digest=leaves, job=job["id"], size=size, public=True, present=True)
+            )
+        written = one(db, table, **key)
+    assert written is not None
+    return written
+
+
+def _send(hub: Hub, job: Row, written: Row) -> bool:
+    """Put a settlement that was written down on chain; one that the chain refuses is made anew from what is true
+    by then."""
+    number, now = written["round"], hub.clock()
+    try:
+        tx = hub.chain.settle(job["id"], number, hub.objects.get(written["leaves"]))
+    except TrainChainError as error:
+        if error.code == "chain.reverted":
+            _unwrite(hub, job, number)
+        raise
+    with hub.store.write() as db:
+        fresh = one(db, schema.settlements, job=job["id"], round=number)
+        if fresh is None or fresh["tx"] is not None:
+            return False
+        here = (schema.settlements.c.job == job["id"]) & (schema.settlements.c.round == number)
+        db.execute(update(schema.settlements).where(here).values(tx=tx, at=now))
+        data = {"root": written["root"], "total": str(written["total"]), "tx": tx}
+        record(db, job["id"], f"settlement/{number}", "settled", now, data)
+        db.execute(update(schema.jobs).where(schema.jobs.c.id == job["id"]).values(settled_round=number))
+    return True
+
+
+def _unwrite(hub: Hub, job: Row, number: int) -> None:
+    """Forget a settlement that cannot be sent, and with it those after it, whose amounts hold its own."""
+    table, paid = schema.settlements, schema.contributions
+    with hub.store.write() as db:
+        db.execute(delete(table).where(table.c.job == job["id"], table.c.round >= number))
+        db.execute(update(paid).where(paid.c.job == job["id"], paid.c.settled_in >= number).values(settled_in=None))
+        before = select(func.max(table.c.round)).where(table.c.job == job["id"])
+        last = db.execute(before).scalar() or 0
+        db.execute(update(schema.jobs).where(schema.jobs.c.id == job["id"]).values(settled_round=last))
+
+
+def _stopped(hub: Hub, job: Row, escrow: EscrowJob, *, ended: bool) -> bool:
+    """The escrow takes no further root of ours: its owner halted it, another hub has taken over, or its time is over.
+    What is not settled is left to the vouchers, which every worker has for all that it did once the job has ended."""
+    if ended:
+        return _finish(hub, job)
+    return _cancel(hub, job, escrow)
+
+
+def _cancel(hub: Hub, job: Row, escrow: EscrowJob) -> bool:
+    """End a job that its owner halted or takes to another hub, while this one can still settle what was accepted: the
+    other one owes nobody anything for that, and its coming voids this one's vouchers."""
+    leaves = bool(escrow.next_hub) or _replaced(hub, escrow)
+    if job["state"] in ENDED or not (escrow.halted or leaves):
+        return False
+    data = {"reason": "halted" if escrow.halted else "another hub"}
+    with hub.store.write() as db:
+        return move(db, schema.jobs, job, Job.CANCELLED, now=hub.clock(), data=data)
+
+
+def _replaced(hub: Hub, escrow: EscrowJob) -> bool:
+    return escrow.hub.lower() != hub.chain.address.lower()
+
+
+def _look_at_escrow(hub: Hub, job: Row) -> bool:
+    """A job that was halted, or goes to another hub, ends here too; one that was closed early has another deadline: the
+    grace time runs, and what was accepted must have vested while the escrow still pays."""
+    escrow = hub.chain.job(job["id"])
+    hub.looked[job["id"]] = hub.clock()
+    if escrow is None:
+        return False
+    if _dropped(hub, job, escrow):
+        return True
+    moved = job["deadline"] is not None and escrow.deadline < job["deadline"]
+    if moved:
+        with hub.store.write() as db:
+            fields = {"deadline": float(escrow.deadline)}
+            db.execute(update(schema.jobs).where(schema.jobs.c.id == job["id"]).values(**fields))
+    return _cancel(hub, job, escrow) or moved
+
+
+def _dropped(hub: Hub, job: Row, escrow: EscrowJob) -> bool:
+    """Send again what the chain had and has no more: its last blocks can be replaced by others."""
+    table = schema.settlements
+    gone = (table.c.job == job["id"]) & (table.c.round > escrow.round) & table.c.tx.is_not(None)
+    with hub.store.write() as db:
+        found = db.execute(update(table).where(gone).values(tx=None)).rowcount > 0
+    if found:
+        log.warning("job %s: settlements after %d are no longer on chain; they are sent again", job["id"], escrow.round)
+    return found
+
+
+def _finish(hub: Hub, job: Row) -> bool:
+    """Nothing is left to settle. What vouchers paid is counted first: until then it is reserved twice, and the owner
+    could not have it back."""
+    escrow = hub.chain.job(job["id"]) if job["settled_round"] else None
+    if escrow is not None and escrow.advances:
+        if hub.clock() < escrow.pending_at:
+            return False
+        _count_advances(hub, job, escrow)
+    return _settled(hub, job)
+
+
+def _count_advances(hub: Hub, job: Row, escrow: EscrowJob) -> bool:
+    """Prove the leaves of those whom vouchers have paid; whether there was one to prove."""
+    with hub.store.read() as db:
+        last = one(db, schema.settlements, job=job["id"], round=job["settled_round"])
+    if not escrow.advances or last is None:
+        return False
+    return hub.chain.count_advances(job["id"], hub.objects.get(last["leaves"])) is not None
 
 
 def _settled(hub: Hub, job: Row) -> bool:
@@ -115,26 +258,20 @@ def _settled(hub: Hub, job: Row) -> bool:
 
 
 def _close(hub: Hub, job: Row) -> bool:
-    """Once deadline and grace are over nothing can change but claims and the owner's refund: no key is needed more."""
+    """Once deadline and grace are over nothing can change but claims and the owner's refund: no key is needed more,
+    and what vouchers were paid since the last settlement is counted, so that the refund is whole."""
     now = hub.clock()
     if job["deadline"] is not None and now <= job["deadline"] + job["grace"]:
         return False
     with hub.store.write() as db:
         keys.forget(db, job["id"])
+    escrow = hub.chain.job(job["id"]) if job["settled_round"] else None
+    if escrow is not None:
+        if now < escrow.pending_at:
+            return False
+        _count_advances(hub, job, escrow)
+    with hub.store.write() as db:
         return move(db, schema.jobs, job, Job.CLOSED, now=now)
-
-
-def _step(hub: Hub, job: Row, through: int, cap: int) -> tuple[int, dict[str, int]]:
-    """The last round that the next settlement can cover, and what is owed by then: the escrow lets one add a round's
-    price. After a time without the chain a job is settled in several steps."""
-    with hub.store.read() as db:
-        last = one(db, schema.settlements, job=job["id"], round=job["settled_round"])
-    before = last["total"] if last else 0
-    while True:
-        owed = amounts(hub, job["id"], through)
-        if sum(owed.values()) - before <= cap or through == job["settled_round"] + 1:
-            return through, owed
-        through -= 1
 
 
 def _look_for_money(hub: Hub, job: Row) -> bool:

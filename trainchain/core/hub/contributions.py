@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Select, delete, insert, select
 
 from trainchain.core import checks
 from trainchain.core.errors import TrainChainError
-from trainchain.core.hub import schema
+from trainchain.core.hub import schema, vouchers
 from trainchain.core.hub.leases import insist_in_time, mine
 from trainchain.core.hub.service import Hub
 from trainchain.core.hub.store import Row, move, one
@@ -104,7 +104,7 @@ def contribute(hub: Hub, worker: str, lease_id: str, signed: SignedContribution)
     checks.read_delta(hub.objects.get(delta), recipe, hub.shapes(job), lease["round"])
 
     reward = shard_reward(recipe, lease["round"], lease["shard"])
-    receipt_fields = {
+    fields = {
         "jobId": lease["job"],
         "round": lease["round"],
         "shard": lease["shard"],
@@ -113,20 +113,13 @@ def contribute(hub: Hub, worker: str, lease_id: str, signed: SignedContribution)
         "deltaHash": given.deltaHash,
         "amount": reward,
     }
-    receipt = {
-        **receipt_fields,
-        "amount": str(reward),
-        "hub": hub.chain.address,
-        "chain_id": hub.chain.chain_id,
-        "escrow": hub.chain.escrow,
-        "signature": hub.chain.sign("Receipt", receipt_fields),
-    }
-    _accept(hub, lease, delta, signed, reward, receipt)
+    receipt = _accept(hub, lease, delta, signed, fields)
     hub.bell.ring()
     return receipt
 
 
-def _accept(hub: Hub, lease: Row, delta: str, signed: SignedContribution, reward: int, receipt: dict[str, Any]) -> None:
+def _accept(hub: Hub, lease: Row, delta: str, signed: SignedContribution, fields: dict[str, Any]) -> dict[str, Any]:
+    """Accept it, at the next place of its worker's; returns the receipt with the worker's newest voucher."""
     now = hub.clock()
     with hub.store.write() as db:
         shard = one(db, schema.shards, job=lease["job"], round=lease["round"], shard=lease["shard"])
@@ -148,12 +141,14 @@ def _accept(hub: Hub, lease: Row, delta: str, signed: SignedContribution, reward
             raise _missing(delta)
         late = round_["state"] != Round.OPEN
         merged_in = lease["round"] + late if lease["round"] + late <= hub.recipe(job).rounds else None
-        data = {"worker": lease["worker"], "reward": str(reward), "merged_in": merged_in}
+        data = {"worker": lease["worker"], "reward": str(fields["amount"]), "merged_in": merged_in}
+        place = vouchers.next_place(db, lease["job"], lease["worker"])
         move(db, schema.shards, shard, Shard.CONTRIBUTED, now=now, data={"delta": delta})
         contributed = one(db, schema.shards, job=lease["job"], round=lease["round"], shard=lease["shard"])
         assert contributed is not None
         move(db, schema.shards, contributed, Shard.ACCEPTED, now=now, data=data)
         move(db, schema.leases, current, Lease.DONE, now=now)
+        receipt = _receipt(hub, {**fields, "place": place})
         db.execute(
             insert(schema.contributions).values(
                 lease=lease["id"],
@@ -161,14 +156,27 @@ def _accept(hub: Hub, lease: Row, delta: str, signed: SignedContribution, reward
                 round=lease["round"],
                 shard=lease["shard"],
                 worker=lease["worker"],
+                place=place,
                 delta=delta,
                 signed=signed.model_dump(),
-                reward=reward,
+                reward=fields["amount"],
                 receipt=receipt,
                 accepted=now,
                 merged_in=merged_in,
             )
         )
+        return {**receipt, "voucher": vouchers.vest(hub, db, lease["job"], lease["worker"], place)}
+
+
+def _receipt(hub: Hub, fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **fields,
+        "amount": str(fields["amount"]),
+        "hub": hub.chain.address,
+        "chain_id": hub.chain.chain_id,
+        "escrow": hub.chain.escrow,
+        "signature": hub.chain.sign("Receipt", fields),
+    }
 
 
 def _missing(delta: str) -> TrainChainError:
@@ -243,8 +251,10 @@ def _not_seen(hub: Hub, lease: Row, delta: str) -> None:
         mine_ = one(db, schema.contributions, lease=lease["id"])
         copy = one(db, schema.contributions, job=lease["job"], delta=delta)
         taken = one(db, schema.contributions, job=lease["job"], round=lease["round"], shard=lease["shard"])
+        voucher = vouchers.newest(hub, db, lease["job"], lease["worker"])
     if mine_ is not None and mine_["delta"] == delta:
-        raise TrainChainError("contribution.repeat", "This contribution was accepted before.", receipt=mine_["receipt"])
+        receipt = {**mine_["receipt"], "voucher": voucher}
+        raise TrainChainError("contribution.repeat", "This contribution was accepted before.", receipt=receipt)
     if taken is not None:
         raise TrainChainError(
             "shard.already_accepted", f"A contribution for shard {lease['shard']} is already accepted."

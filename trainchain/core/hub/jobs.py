@@ -249,6 +249,8 @@ def _check_escrow(hub: Hub, job: Row, escrow: EscrowJob, recipe: ResolvedRecipe)
         wrong = "its deadline has passed"
     elif escrow.halted:
         wrong = "its owner has halted it"
+    elif escrow.next_hub:
+        wrong = f"its owner has named another hub, {escrow.next_hub}"
     if wrong:
         raise TrainChainError("job.invalid", f"The escrow of job {job['id']} does not fit: {wrong}.")
 

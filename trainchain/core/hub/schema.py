@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator
 
-VERSION = 5
+VERSION = 6
 metadata = MetaData()
 
 
@@ -147,6 +147,8 @@ contributions = Table(
     Column("round", Integer, nullable=False),
     Column("shard", Integer, nullable=False),
     Column("worker", ID, nullable=False),
+    # Its place among the worker's in this job, from 1 on: pay vests in this order (core/rewards.py).
+    Column("place", Integer, nullable=False),
     Column("delta", String(64), nullable=False),
     Column("signed", JSON, nullable=False),
     Column("reward", Units, nullable=False),
@@ -155,7 +157,10 @@ contributions = Table(
     # The round whose merge takes it in: its own or, where it came late, the next; none where its own was the last.
     Column("merged_in", Integer),
     Column("merge", JSON),
+    # The number of the settlement that first pays it.
+    Column("settled_in", Integer),
     UniqueConstraint("job", "round", "shard", name="one_contribution_a_shard"),
+    UniqueConstraint("job", "worker", "place", name="one_contribution_a_place"),
     UniqueConstraint("job", "delta", name="no_copy_in_a_job"),
 )
 
@@ -185,8 +190,24 @@ settlements = Table(
     Column("root", ID, nullable=False),
     Column("total", Units, nullable=False),
     Column("leaves", String(64), nullable=False),
-    Column("tx", ID, nullable=False),
+    Column("ended", Boolean, nullable=False),
+    Column("limit", Units, nullable=False),
+    # None until the chain has it: what is settled is written down before it is sent, so that a hub that dies in
+    # between sends the same again.
+    Column("tx", ID),
     Column("at", Float, nullable=False),
+)
+
+# The newest voucher of each worker: everything that has vested for it in the job.
+vouchers = Table(
+    "vouchers",
+    metadata,
+    Column("job", ID, primary_key=True),
+    Column("account", ID, primary_key=True),
+    Column("cumulative", Units, nullable=False),
+    Column("signature", String(132), nullable=False),
+    Column("at", Float, nullable=False),
+    ForeignKeyConstraint(["job"], ["jobs.id"]),
 )
 
 objects = Table(

@@ -4,15 +4,16 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import schema
 from trainchain.core.hub.store import Row, Store, one
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.objects import ObjectStore
+from trainchain.core.rewards import Terms
 from trainchain.core.seal import ExchangeKey
 
 log = logging.getLogger(__name__)
@@ -34,17 +35,35 @@ class EscrowJob:
     round_cap: int
     spec_hash: str
     funded: int
+    free: int
+    """What is neither settled nor given back."""
+    advances: int
+    """What vouchers paid and no leaf has counted yet: reserved twice."""
+    round: int
+    """The number of the last settlement."""
+    pending_at: int
+    """When the last root becomes active; no other is taken before."""
     halted: bool
+    next_hub: str = ""
+    """Whom its owner has named to settle in place of `hub`; "" for nobody, or the same."""
 
 
 @dataclass(frozen=True)
-class Settled:
-    """One settlement: the Merkle root on chain, the file of its leaves, the transaction."""
+class Settlement:
+    """What goes on chain for a settlement: the Merkle root, and the file of its leaves."""
 
     root: str
     total: int
     leaves: bytes
-    tx: str
+
+
+class Claim(NamedTuple):
+    """One leaf of an active root."""
+
+    job: str
+    account: str
+    cumulative: int
+    proof: list[str]
 
 
 class Chain(Protocol):
@@ -55,13 +74,19 @@ class Chain(Protocol):
     token: str
     address: str
     """The hub's own account: the `hub` that job parameters must name."""
+    relays: bool
+    """Whether it sends anybody's claims with its own gas."""
 
     def job_id(self, owner: str, salt: str) -> str: ...
     def job(self, job_id: str) -> EscrowJob | None: ...
     def recover(self, kind: str, message: Mapping[str, Any], signature: str) -> str: ...
     def recover_sign_in(self, fields: Mapping[str, Any], signature: str) -> str: ...
     def sign(self, kind: str, message: Mapping[str, Any]) -> str: ...
-    def settle(self, job_id: str, round_: int, amounts: Mapping[str, int]) -> Settled: ...
+    def settlement(self, job_id: str, terms: Terms, amounts: Mapping[str, int]) -> Settlement: ...
+    def settle(self, job_id: str, number: int, leaves: bytes) -> str: ...
+    def would_pay(self, claims: Sequence[Claim]) -> list[int]: ...
+    def claim_many(self, claims: Sequence[Claim]) -> tuple[str | None, list[int]]: ...
+    def count_advances(self, job_id: str, leaves: bytes) -> str | None: ...
     def drip(self, address: str, tokens: int) -> dict[str, str]: ...
     def rpc(self, body: bytes) -> bytes: ...
     def describe(self) -> dict[str, Any]: ...
@@ -108,6 +133,13 @@ class Hub:
     """Wallets of this hub's own evaluating children: nobody else gets an `evaluate` lease."""
     exchange: ExchangeKey = field(kw_only=True)
     """What owners wrap the keys of sealed files for; another one after a restart opens none of them."""
+    relay_lock: threading.Lock = field(default_factory=threading.Lock)
+    relayed: dict[str, float] = field(default_factory=dict)
+    """When the last claim of an account was sent."""
+    relaying: int = 0
+    """How many are being sent."""
+    looked: dict[str, float] = field(default_factory=dict)
+    """When the escrow of a running job was last looked at."""
     bell: Bell = field(default_factory=Bell)
     _recipes: dict[str, ResolvedRecipe] = field(default_factory=dict)
     _shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)

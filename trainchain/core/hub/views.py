@@ -4,10 +4,10 @@ from typing import Any
 
 from sqlalchemy import func, select
 
-from trainchain.core.hub import access, jobs, schema
+from trainchain.core.hub import access, jobs, schema, vouchers
 from trainchain.core.hub.service import Hub
 from trainchain.core.hub.store import Row
-from trainchain.core.rewards import job_price
+from trainchain.core.rewards import VESTING, job_price
 
 MAX_EVENTS = 500
 MAX_CONTRIBUTIONS = 1000
@@ -154,6 +154,7 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
                 "at": s["at"],
             }
             for s in settlements
+            if s["tx"] is not None
         ],
         "last_event": last or 0,
     }
@@ -193,8 +194,41 @@ def contributions_of(hub: Hub, job_id: str, round_: int | None, after: int, limi
     return {"contributions": found, "next": following}
 
 
-def jobs_of(hub: Hub, worker: str) -> list[str]:
-    """Jobs in which a wallet has accepted contributions."""
-    query = select(schema.contributions.c.job).where(schema.contributions.c.worker == worker).distinct()
+def earned(hub: Hub, worker: str) -> list[dict[str, Any]]:
+    """What a wallet has earned here: by job, and in it by shard in the order of acceptance."""
+    table, found = schema.contributions, []
     with hub.store.read() as db:
-        return sorted(db.execute(query).scalars())
+        mine = list(db.execute(select(table).where(table.c.worker == worker).order_by(table.c.place)).mappings())
+        signed = select(schema.vouchers).where(schema.vouchers.c.account == worker)
+        vested = {row["job"]: row["cumulative"] for row in db.execute(signed).mappings()}
+    for job_id in sorted({row["job"] for row in mine}):
+        job, rows = hub.job(job_id), [row for row in mine if row["job"] == job_id]
+        over = vouchers.ended(hub, job)
+        total = sum(row["reward"] for row in rows)
+        last = rows[-1]["place"] if over else rows[-1]["place"] - VESTING
+        found.append(
+            {
+                "job": job_id,
+                "name": job["name"],
+                "token": hub.chain.token,
+                "state": job["state"],
+                "ended": over,
+                "accepted": str(total),
+                "vested": str(total if over else vested.get(job_id, 0)),
+                "settled": str(sum(row["reward"] for row in rows if row["settled_in"] is not None)),
+                "shards": [
+                    {
+                        "round": row["round"],
+                        "shard": row["shard"],
+                        "lease": row["lease"],
+                        "amount": str(row["reward"]),
+                        "place": row["place"],
+                        "accepted": row["accepted"],
+                        "state": "settled" if row["settled_in"] else "vested" if row["place"] <= last else "vesting",
+                        "settlement": row["settled_in"],
+                    }
+                    for row in rows
+                ],
+            }
+        )
+    return found

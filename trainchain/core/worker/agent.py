@@ -1,9 +1,8 @@
-"""The worker: lease, fetch, train, sign, contribute, keep the receipt. It only ever dials out.
+"""The worker: lease, fetch, train, sign, contribute, keep what the hub signed. It only ever dials out.
 
 Imports no torch and no chain: the trainer is a child process, and signing is a function that is passed in.
 """
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,12 +14,13 @@ from trainchain.core.digests import sha256_file
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import MAX_ANSWER, Lease, ResolvedRecipe, parse
 from trainchain.core.rewards import shard_reward
-from trainchain.core.settings import private_folder, write_private
+from trainchain.core.settings import private_folder
 from trainchain.core.states import Job
 from trainchain.core.worker.bench import Bench, remove
 from trainchain.core.worker.cache import Cache
 from trainchain.core.worker.child import Child
-from trainchain.core.worker.faults import AWAY, MOST_SKIPPED, SPOILED, TOO_LARGE, UNABLE
+from trainchain.core.worker.dues import Dues
+from trainchain.core.worker.faults import AWAY, DISHONEST, MOST_SKIPPED, SPOILED, TOO_LARGE, UNABLE
 from trainchain.core.worker.files import JobFiles
 from trainchain.core.worker.fleet import Quota, Stopped
 from trainchain.core.worker.heart import OVER, Heart
@@ -36,8 +36,6 @@ OnEvent = Callable[[dict[str, Any]], None]
 Sign = Callable[[Mapping[str, Any]], str]
 CheckJob = Callable[[str, str], str]
 """(job id, spec hash): the job's owner; raises unless the escrow on chain holds its money under that recipe."""
-CheckReceipt = Callable[[Mapping[str, Any], str], bool]
-"""(the Receipt's fields as they should be, its signature): whether the hub of the escrow signed exactly this."""
 
 
 class Worker:
@@ -55,7 +53,7 @@ class Worker:
         *,
         sign: Sign,
         check_job: CheckJob,
-        check_receipt: CheckReceipt,
+        dues: Dues,
         on_event: OnEvent,
         exchange: Exchange,
         cache: Cache,
@@ -66,11 +64,10 @@ class Worker:
         sleep: Callable[[float], None] | None = None,
     ) -> None:
         self._client = client
-        self._home = home
         self._child = child
         self._sign = sign
         self._check_job = check_job
-        self._check_receipt = check_receipt
+        self._dues = dues
         self._on_event = on_event
         self._wait = sleep
         self._job = job
@@ -89,20 +86,24 @@ class Worker:
 
     def run(self, quota: Quota) -> None:
         """Work until interrupted, or until the quota is done."""
-        waiting = False
+        waiting, looks = False, 0
         try:
             self._tidy()
             while quota.take():
                 self._go_on()
-                lease, done = self._lease(), False
+                owed = self._dues.too_much()
+                lease, done = None if owed else self._lease(), False
                 if lease is not None:
                     done = self._work(lease)
                     self._forget_private(but=lease.job)
                 else:
                     self._forget_private()
-                    if not waiting:
+                    if owed:
+                        self._sleep(min(AWAY_SECONDS * 2**looks, POLL_SECONDS))
+                    elif not waiting:
                         self._tell("waiting", reason="no shard is open")
-                waiting = lease is None
+                waiting, looks = lease is None, min(looks + 1, 8) if owed else 0
+                self._dues.look_after(idle=waiting)
                 if not done:
                     quota.give_back()
         finally:
@@ -184,6 +185,8 @@ class Worker:
                 told = {"code": error.code, "message": error.message, "hint": error.hint}
                 unable = error.code in UNABLE
                 self._tell("failed", lease=lease.lease, job=lease.job, **told, unable=unable)
+                if error.code in DISHONEST:
+                    raise
                 if error.code not in OVER:
                     self._give_back(lease)
                 if unable:
@@ -333,6 +336,7 @@ class Worker:
             "micro_tokens": result["micro_tokens"],
         }
         here = f"/v1/leases/{lease.lease}"
+        floor = self._dues.book.vested(lease.job)
         try:
             self._insist("PUT", f"{here}/objects/{digest}", delta)
             receipt = self._insist("POST", f"{here}/contribution", signed)
@@ -341,18 +345,9 @@ class Worker:
             if not isinstance(kept, dict):
                 raise
             receipt = kept
-        path = self._home / "receipts" / lease.job / f"{lease.lease}.json"
-        write_private(path, json.dumps(receipt, indent=1, sort_keys=True).encode())
         promised = {key: message[key] for key in ("jobId", "round", "shard", "lease", "worker", "deltaHash")}
         promised["amount"] = shard_reward(recipe, lease.round, lease.shard or 0)
-        if receipt.get("amount") != str(promised["amount"]) or not self._check_receipt(
-            promised, str(receipt.get("signature", ""))
-        ):
-            raise TrainChainError(
-                "receipt.invalid",
-                f"The hub's receipt for round {lease.round}, shard {lease.shard} does not promise what it should.",
-                hint=f"Stop working for this hub, and keep {path}.",
-            )
+        path = self._dues.book.keep(promised, receipt, floor)
         self._tell(
             "accepted",
             job=lease.job,
