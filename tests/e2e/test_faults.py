@@ -5,6 +5,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e.conftest import Machine, write_recipe
 
 
@@ -28,6 +30,7 @@ def _paid_once(machine: Machine, url: str, view: dict[str, Any], people: tuple[s
     assert int(money["claimed"]) + int(money["claimable"]) + int(money["refundable"]) == 10**18
 
 
+@pytest.mark.long
 def test_killed_worker_costs_its_shard_and_nothing_else(machine: Machine, tiny_job: Path) -> None:
     _, url = machine.start_hub()
     recipe = write_recipe(tiny_job, "worker-dies", rounds=1, shards=2, steps=400)
@@ -47,6 +50,7 @@ def test_killed_worker_costs_its_shard_and_nothing_else(machine: Machine, tiny_j
     _paid_once(machine, url, view, ("ada", "bob"))
 
 
+@pytest.mark.long
 def test_killed_worker_that_comes_back_goes_on_from_its_last_segment(machine: Machine, tiny_job: Path) -> None:
     _, url = machine.start_hub()
     recipe = write_recipe(tiny_job, "worker-returns", rounds=1, shards=1, steps=320)

@@ -46,6 +46,7 @@ def address(machine: Machine, person: str) -> str:
     return str(machine.answer(person, "wallet", "new")["address"])
 
 
+@pytest.mark.long
 def test_only_who_is_admitted_trains_and_nothing_lies_in_clear(machine: Machine, secrets: Path) -> None:
     weights = (secrets / "base" / "model.safetensors").read_bytes()[-512:]
     clear = (SECRET.encode(), weights, IDENTITY)

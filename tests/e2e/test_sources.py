@@ -62,6 +62,7 @@ def signed_in(machine: Machine, hub: Hub, *people: str) -> None:
         machine.settings[person] = hub.environment(None if person == "eve" else person) | own
 
 
+@pytest.mark.long
 def test_base_and_data_from_a_hub_and_the_adapter_back_to_it(machine: Machine, hub: Hub, recipe: Path) -> None:
     signed_in(machine, hub, "owner", "ada", "eve", "operator")
     _, url = machine.start_hub()

@@ -125,7 +125,7 @@ def test_an_adapter_of_another_base_is_refused(trained: dict[str, Any], tmp_path
     assert not (trained["folder"] / "alone-round-1-shard-0").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.long), signal.SIGINT])
 def test_interrupted_it_goes_on_from_the_last_segment(machine: Machine, tiny_job: Path, number: int) -> None:
     recipe = write_recipe(tiny_job, f"interrupted-{number}", rounds=1, shards=1, steps=320)
     arguments = ["train", str(recipe), "--shard", "0", *ONE]

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import Machine, write_recipe
 from tests.fixtures_rpc import before, devnet_over_http
 from trainchain.chain import escrow, wallet
@@ -12,6 +14,7 @@ COIN = 10**18
 ODD = Path(__file__).parents[1] / "golden" / "odd_token.json"
 
 
+@pytest.mark.long
 def test_a_budget_in_a_token_without_permit_is_paid_once(machine: Machine, tiny_job: Path) -> None:
     odd = json.loads(ODD.read_text(encoding="utf-8"))
     node = Devnet(machine.root / "chain" / "x.sqlite")

@@ -111,6 +111,7 @@ def test_a_model_hub_that_takes_no_commit_is_said_not_to(typed: Typed, job: Job,
     assert typed("push", "bot", "me/away")[0] == 0
 
 
+@pytest.mark.long
 def test_no_token_stands_in_anything_that_is_said(typed: Typed, job: Job, hub: Hub) -> None:
     token = hub.token("me")
     for status in (401, 403, 500):
