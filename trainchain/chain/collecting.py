@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from trainchain.chain import eip712
 from trainchain.chain.escrow import ChainClient
-from trainchain.chain.hexes import bytes32, checksum
+from trainchain.chain.hexes import checksum
 from trainchain.chain.records import ClaimItem, JobOnChain, Paid, Settled
 from trainchain.chain.settlement import Leaves, check_against_chain, check_successor, proof_for, read_leaves
 from trainchain.chain.transactions import telling
@@ -162,18 +163,17 @@ def plan(chain: ChainClient, account: str, known: Known, bring: Bring, *, now: f
 
 def cost(chain: ChainClient, account: str, items: Sequence[Item]) -> tuple[int, int]:
     """The gas that taking these takes, and what that costs now in the chain's coin."""
-    gas = 0
-    contract = chain._contract()
-    leaves = [item for item in items if item.kind == "leaf"]
-    calls = [(contract.functions.claimMany(_packed(part)), 60_000 * len(part)) for part in _parts(leaves)]
+    asked: list[tuple[Callable[[], int], int]] = []
+    for part in _parts([item for item in items if item.kind == "leaf"]):
+        asked.append((partial(chain.gas_of_claims, account, _claims(part)), 60_000 * len(part)))
     for item in items:
         if item.kind == "voucher":
-            arguments = (bytes32(item.job_id), checksum(account), item.cumulative, item.signature)
-            calls.append((contract.functions.redeemVoucher(*arguments), VOUCHER_GAS))
-    for call, otherwise in calls:
+            promise = (item.job_id, item.account, item.cumulative, item.signature)
+            asked.append((partial(chain.gas_of_voucher, account, *promise), VOUCHER_GAS))
+    gas = 0
+    for estimate, otherwise in asked:
         try:
-            with telling():
-                gas += int(call.estimate_gas({"from": checksum(account)}))
+            gas += estimate()
         except TrainChainError as error:
             if error.code not in ("chain.reverted", "money.insufficient"):
                 raise
@@ -312,7 +312,7 @@ def _leaves(chain: ChainClient, wallet: Wallet, items: Sequence[Item], relay: Re
     if len(unpaid) == 1:
         found[unpaid[0]] = _one(chain, wallet, items[unpaid[0]], None, time.time)
         return found
-    leaves = [ClaimItem(one.job_id, one.account, one.cumulative, list(one.proof)) for one in items]
+    leaves = _claims(items)
     try:
         tx, paid = chain.claim_many(wallet, [leaves[at] for at in unpaid])
         for at, amount in zip(unpaid, paid, strict=True):
@@ -373,8 +373,5 @@ def _parts(items: Sequence[Item]) -> list[Sequence[Item]]:
     return [items[start : start + MANY] for start in range(0, len(items), MANY)]
 
 
-def _packed(items: Sequence[Item]) -> list[tuple[bytes, str, int, list[bytes]]]:
-    return [
-        (bytes32(one.job_id), checksum(one.account), one.cumulative, [bytes32(node) for node in one.proof])
-        for one in items
-    ]
+def _claims(items: Sequence[Item]) -> list[ClaimItem]:
+    return [ClaimItem(one.job_id, one.account, one.cumulative, list(one.proof)) for one in items]

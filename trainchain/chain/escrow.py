@@ -198,6 +198,10 @@ class ChainClient(TokenClient):
         with telling():
             return [int(amount) for amount in self._contract().functions.claimMany(_items(items)).call()]
 
+    def gas_of_claims(self, sender: str, items: Sequence[ClaimItem]) -> int:
+        """The gas that `claim_many` would take now."""
+        return self._gas(sender, self._contract().functions.claimMany(_items(items)))
+
     def claim_to(self, wallet: Wallet, message: dict[str, Any], proof: Sequence[str], signature: str) -> Paid:
         """Have a leaf paid to another address. `message` is the ClaimTo that the account signed."""
         fields = ("jobId", "account", "to", "cumulative", "tip", "validUntil")
@@ -210,10 +214,12 @@ class ChainClient(TokenClient):
         """Have the hub's promise paid. Claim what a settled leaf holds first."""
         if self.claimable(job_id, account, cumulative) == 0:
             return Paid(None, 0)
-        call = self._contract().functions.redeemVoucher(
-            bytes32(job_id), checksum(account), cumulative, from_hex(hub_signature)
-        )
+        call = self._redemption(job_id, account, cumulative, hub_signature)
         return self._paid(self._sender.send(wallet, call), "VoucherRedeemed")
+
+    def gas_of_voucher(self, sender: str, job_id: str, account: str, cumulative: int, hub_signature: str) -> int:
+        """The gas that `redeem_voucher` would take now."""
+        return self._gas(sender, self._redemption(job_id, account, cumulative, hub_signature))
 
     def halt(self, wallet: Wallet, job_id: str) -> str:
         """Take no new settlement. Irrevocable; what is settled stays claimable."""
@@ -270,6 +276,15 @@ class ChainClient(TokenClient):
             if self._is(name, address):
                 return address
         return ""
+
+    def _redemption(self, job_id: str, account: str, cumulative: int, hub_signature: str) -> Any:
+        return self._contract().functions.redeemVoucher(
+            bytes32(job_id), checksum(account), cumulative, from_hex(hub_signature)
+        )
+
+    def _gas(self, sender: str, call: Any) -> int:
+        with telling():
+            return int(call.estimate_gas({"from": checksum(sender)}))
 
     def _events(self, receipt: Any, event: str) -> list[Any]:
         found = self._contract().events[event]().process_receipt(receipt, errors=DISCARD)
