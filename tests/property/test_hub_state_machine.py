@@ -25,7 +25,7 @@ from trainchain.core.hub import vouchers as hub_vouchers
 from trainchain.core.hub.jobs import Publication
 from trainchain.core.hub.service import Claim, EscrowJob, Hub, Settlement
 from trainchain.core.hub.store import Store
-from trainchain.core.models import SignedContribution
+from trainchain.core.messages import SignedContribution
 from trainchain.core.objects import ObjectStore, Spool
 from trainchain.core.rewards import VESTING, Terms, job_price, recount, round_cap, round_price, shard_reward, totals
 from trainchain.core.seal import ExchangeKey
@@ -337,7 +337,7 @@ class HubLaws(RuleBasedStateMachine):
         vouchers = {row["account"]: row["cumulative"] for row in self._rows(schema.vouchers)}
         if state in ("settled", "closed"):
             assert vouchers == owed, "who holds a receipt has it vouched for"
-            late = self.clock() > self.recipe_end() or self.chain.free() < max(row.amount for row in rows)
+            late = self.clock() > self.recipe_end() or self.chain.free() < max((row.amount for row in rows), default=0)
             assert self.chain.leaves() == owed or late, "and in the last settlement"
 
     @invariant()

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from tests.fixtures_hub import recipe
 from tests.fixtures_merge import PLAIN_MERGE
 from trainchain.core.errors import TrainChainError
-from trainchain.core.models import Counts
+from trainchain.core.models import Check, Counts
 from trainchain.core.money import parse, show
-from trainchain.core.rewards import job_price, round_cap, round_price, shard_reward
+from trainchain.core.rewards import audit_price, job_price, replay_fee, round_cap, round_price, shard_reward
 
 units = st.integers(0, 10**58 - 1)
 
@@ -79,3 +79,26 @@ def test_no_history_of_arrivals_asks_a_settlement_for_more_than_the_cap(job, dat
 def test_the_cap_holds_a_round_and_no_more_than_two(job):
     dearest = max(round_price(job, number) for number in range(1, job.rounds + 1))
     assert dearest <= round_cap(job) <= 2 * dearest
+
+
+@given(jobs(), st.sampled_from([0.0, 0.05, 0.1, 0.3, 1.0]), st.integers(1, 9), st.integers(1, 60), st.data())
+def test_audits_cost_their_share_and_replays_of_a_whole_shard_no_more_than_the_shard(job, spend, length, steps, data):
+    check = Check(auditors="any", answer=3600, timeout=1800, before_merge=0, spend=spend)
+    training = job.training.model_copy(update={"segment_steps": length})
+    changed = {"check": check, "training": training, "steps": steps}
+    job = job.model_copy(update=changed)
+    number, shard = data.draw(st.integers(1, job.rounds)), data.draw(st.integers(0, job.all_shards - 1))
+    fees = [replay_fee(job, number, shard, segment) for segment in range(job.segments)]
+
+    assert all(fee >= 0 for fee in fees)
+    assert sum(fees) <= shard_reward(job, number, shard)
+    work = sum(shard_reward(job, number, shard) for shard in range(job.all_shards))
+    assert round_price(job, number) == work + audit_price(job, number)
+    assert audit_price(job, number) <= work * spend * (1 + 1e-9)
+
+
+@given(jobs())
+def test_where_nobody_audits_audits_cost_nothing(job):
+    check = Check(auditors="none", answer=3600, timeout=1800, before_merge=0, spend=0.1)
+
+    assert audit_price(job.model_copy(update={"check": check}), 1) == 0

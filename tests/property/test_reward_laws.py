@@ -1,12 +1,27 @@
 """Laws of vesting: what settlements add up to, whatever the order, the limits and the rounds."""
 
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trainchain.core.recount import Leaves, OnChain, leaves, roots
-from trainchain.core.rewards import VESTING, Earned, Terms, added, recount, totals, vested
+from trainchain.core.rewards import (
+    FEES_VESTING,
+    LATEST,
+    NEVER,
+    VESTING,
+    WAITS,
+    Earned,
+    Terms,
+    added,
+    at_risk,
+    forfeits,
+    recount,
+    totals,
+    vested,
+)
 
 WORKERS = ["0x" + letter * 40 for letter in "aBc"]
 JOB = "0x" + "7f" * 32
@@ -83,11 +98,11 @@ def test_a_recount_is_what_a_hub_adds_step_by_step(given_: tuple[list[Earned], l
     paid: list[Earned] = []
     stepwise = []
     for one in terms:
-        paid += added(rows, {(row.round, row.shard) for row in paid}, one)
+        paid += added(rows, {row.key for row in paid}, one)
         stepwise.append({worker: amount for worker, amount in totals(paid).items() if amount})
 
     assert recount(rows, terms) == stepwise
-    assert len(paid) == len({(row.round, row.shard) for row in paid})
+    assert len(paid) == len({row.key for row in paid})
 
 
 @given(settled(), st.randoms(use_true_random=False))
@@ -222,3 +237,151 @@ def test_any_total_that_is_not_the_leaves_is_found(
     found = roots(inflated, files)
 
     assert any(f"Settlement {chain[place].number} has the total" in finding.says for finding in found)
+
+
+@dataclass
+class Books:
+    """What an honest hub does with the earnings of a job on which audits are drawn: each step is one transaction, and
+    what a verdict changes is stamped with the first settlement that may know of it."""
+
+    rows: list[Earned] = field(default_factory=list)
+    settlements: list[Terms] = field(default_factory=list)
+    paid: list[Earned] = field(default_factory=list)
+    stepwise: list[dict[str, int]] = field(default_factory=list)
+    round: int = 1
+    pending: set[tuple[str, int]] = field(default_factory=set)
+    promised: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def following(self) -> int:
+        return self.settlements[-1].number + 1 if self.settlements else 1
+
+    def queue(self, worker: str, kind: str = "shard") -> list[Earned]:
+        return [row for row in self.rows if (row.worker, row.kind) == (worker, kind)]
+
+    def accept(self, worker: str, amount: int, *, drawn: bool) -> None:
+        place = len(self.queue(worker)) + 1
+        resolved = NEVER if drawn else 0
+        self.rows.append(Earned(self.round, len(self.rows), worker, place, amount, self.round, "shard", resolved))
+        if drawn:
+            self.pending.add((worker, place))
+
+    def replay(self, auditor: str, fee: int) -> None:
+        place = len(self.queue(auditor, "replay")) + 1
+        self.rows.append(Earned(1, len(self.rows), auditor, place, fee, self.following, "replay"))
+
+    def change(self, which: list[Earned], **fields: int) -> None:
+        keys = {row.key for row in which}
+        self.rows = [row._replace(**fields) if row.key in keys else row for row in self.rows]
+
+    def resolve(self, worker: str, place: int) -> None:
+        self.pending.discard((worker, place))
+        self.change([row for row in self.queue(worker) if row.place == place], resolved=self.following)
+
+    def reject(self, worker: str) -> list[Earned]:
+        lost = forfeits(self.queue(worker))
+        self.change(lost, forfeited=self.following)
+        self.pending -= {(worker, row.place) for row in lost}
+        return lost
+
+    def contradict(self, auditor: str) -> list[Earned]:
+        lost = forfeits(self.queue(auditor, "replay"))
+        self.change(lost, forfeited=self.following)
+        return lost
+
+    def settle(self, limit: int, *, ended: bool = False) -> None:
+        number = max(self.following, self.round + ended)
+        terms = Terms(number, ended, limit)
+        if not ended:
+            self.round = number + 1
+        self.settlements.append(terms)
+        self.paid += added(self.rows, {row.key for row in self.paid}, terms)
+        self.stepwise.append({worker: amount for worker, amount in totals(self.paid).items() if amount})
+
+    def vouch(self) -> dict[str, int]:
+        return totals(vested(self.rows, Terms(LATEST, False, 0)))
+
+
+@st.composite
+def played(draw: st.DrawFn) -> Books:
+    """A job's course, checked at every step: shards, draws, verdicts for and against, replays, settlements."""
+    books = Books()
+    for _ in range(draw(st.integers(0, 90))):
+        step = draw(
+            st.sampled_from(["accept"] * 6 + ["replay"] * 3 + ["pass"] * 2 + ["reject", "contradict", "settle"])
+        )
+        worker = draw(st.sampled_from(WORKERS[:2]))
+        before = {row.key: row for row in vested(books.rows, Terms(LATEST, False, 0))}
+        if step == "accept":
+            books.accept(worker, draw(st.integers(0, 30)), drawn=draw(st.sampled_from([False, False, True])))
+        elif step == "replay":
+            books.replay(worker, draw(st.integers(0, 9)))
+        elif step == "pass" and books.pending:
+            books.resolve(*draw(st.sampled_from(sorted(books.pending))))
+        elif step == "reject" and (mine := sorted(place for who, place in books.pending if who == worker)):
+            place = draw(st.sampled_from(mine))
+            earlier = max((row.place for row in books.queue(worker) if row.forfeited != NEVER), default=0)
+            waiting = [row for row in books.queue(worker) if row.forfeited == NEVER and row.key not in before]
+            lost = books.reject(worker)
+            assert lost == waiting, "all that has not vested, and nothing else"
+            assert place in [row.place for row in lost]
+            assert len(lost) >= at_risk(place, earlier)
+        elif step == "contradict" and books.queue(worker, "replay"):
+            waiting = [row for row in books.queue(worker, "replay") if row.forfeited == NEVER and row.key not in before]
+            assert books.contradict(worker) == waiting
+            assert len(waiting) <= FEES_VESTING
+        elif step == "settle":
+            books.settle(draw(st.one_of(st.just(WITHOUT), st.integers(1, 200))))
+        after = {row.key for row in vested(books.rows, Terms(LATEST, False, 0))}
+        assert before.keys() <= after, "what has vested stays so"
+        assert all(amount >= books.promised.get(who, 0) for who, amount in books.vouch().items())
+        assert books.promised.keys() <= books.vouch().keys()
+        assert {row.key for row in books.paid} <= after, "a settlement pays what a voucher promises"
+        books.promised = books.vouch()
+    return books
+
+
+@given(played())
+def test_a_recount_sees_every_settlement_as_it_was_though_verdicts_came_in_between(books: Books) -> None:
+    assert recount(books.rows, books.settlements) == books.stepwise
+
+
+@given(played())
+def test_nothing_at_or_behind_a_pending_audit_vests_before_the_end(books: Books) -> None:
+    ripe = {(row.worker, row.place) for row in vested(books.rows, Terms(LATEST, False, 0)) if row.kind == "shard"}
+
+    for worker, place in books.pending:
+        assert not [other for who, other in ripe if who == worker and other >= place]
+
+
+@given(played())
+def test_at_the_end_all_that_stands_is_paid_and_nothing_that_is_forfeited(books: Books) -> None:
+    for who, place in sorted(books.pending):
+        books.resolve(who, place)
+    books.settle(WITHOUT, ended=True)
+
+    stands = [row for row in books.rows if row.forfeited == NEVER]
+    assert recount(books.rows, books.settlements)[-1] == {who: x for who, x in totals(stands).items() if x}
+    assert recount(books.rows, books.settlements) == books.stepwise
+
+
+@given(played())
+def test_forfeits_of_one_verdict_are_places_in_a_row_up_to_the_last(books: Books) -> None:
+    for worker in WORKERS[:2]:
+        for kind in WAITS:
+            queue = books.queue(worker, kind)
+            places = [row.place for row in forfeits(queue)]
+            assert places == list(range(len(queue) - len(places) + 1, len(queue) + 1))
+
+
+def test_a_fee_waits_for_twenty_later_replays() -> None:
+    fees = [Earned(1, shard, WORKERS[0], shard + 1, 5, 1, "replay") for shard in range(FEES_VESTING + 2)]
+
+    assert vested(fees, Terms(1, False, 0)) == fees[:2]
+    assert forfeits(fees) == fees[2:]
+    assert vested(fees, Terms(1, True, 0)) == fees
+
+
+def test_shards_at_risk_are_counted_from_the_last_forfeit() -> None:
+    assert [at_risk(place, 0) for place in (1, 2, 9, 10, 11, 500)] == [1, 2, 9, 10, 10, 10]
+    assert [at_risk(place, 14) for place in (15, 16, 24, 40)] == [1, 2, 10, 10]

@@ -7,11 +7,14 @@ import yaml
 from huggingface_hub import ModelCard
 
 from tests.fixtures_card import CHAIN, COMMIT, HUB_BASE, HUB_DATA, WORKERS, a_job, a_private_job, told
-from tests.fixtures_merge import PLAIN_MERGE
+from tests.fixtures_merge import PLAIN_MERGE, UNCHECKED
 from trainchain.core.card import card, front_matter, hub_base
 from trainchain.core.errors import TrainChainError
-from trainchain.core.history import History, read_history
+from trainchain.core.evidence import REJECTS
+from trainchain.core.history import History, ToldVerdict, read_history
 from trainchain.core.models import Base, ResolvedRecipe
+from trainchain.core.money import show
+from trainchain.core.rewards import shard_reward
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -213,3 +216,32 @@ def test_a_hub_that_tells_of_something_else_is_not_believed(change: dict[str, ob
 
     assert caught.value.code == "hub.not_a_hub"
     assert isinstance(read_history(told(job).model_dump(mode="json"), job), History)
+
+
+def test_the_card_says_in_one_line_what_was_audited_and_what_came_of_it() -> None:
+    job = a_job(check=UNCHECKED.model_copy(update={"auditors": "any"}))
+    history = told(job)
+    codes = iter(["audit.passed", "audit.differs", "audit.unaudited", None])
+    rounds = [
+        row.model_copy(
+            update={
+                "shards": [
+                    shard.model_copy(update={"audit": ToldVerdict(state="x", code=code), "forfeited": code in REJECTS})
+                    for shard, code in zip(row.shards, codes, strict=False)
+                ]
+            }
+        )
+        for row in history.rounds_done
+    ]
+    history = history.model_copy(update={"rounds_done": rounds})
+
+    text = card(job, history, CHAIN, job.rounds, where=None)
+
+    (line,) = [line for line in text.splitlines() if "Replays by chance" in line]
+    assert "a segment of 4 shards was drawn" in line
+    assert "1 passed, 1 rejected, 1 unaudited, for want of an auditor, 1 not decided yet" in line
+    assert "No replay." not in text
+    lost = shard_reward(job, 1, 1)
+    assert f"{show(lost)} `TRAIN` more were forfeited" in text
+    whole = sum(shard_reward(job, number, shard) for number in (1, 2) for shard in range(2))
+    assert f"The workers earned {show(whole - lost)} `TRAIN`" in text

@@ -164,7 +164,9 @@ def test_all_that_is_wrong_is_named_and_not_the_first_alone() -> None:
 def test_places_follow_the_order_in_which_shards_count() -> None:
     _, found = recounted([row(2, 0, ANNA, 1), row(1, 0, ANNA, 2)])
 
-    assert [one.says.startswith(f"{ANNA} has places that are not in the order") for one in found] == [True]
+    assert [
+        one.says.startswith(f"{ANNA} has accepted shards at places that are not in the order") for one in found
+    ] == [True]
 
 
 def view(rows: list[Accepted], **changes: Any) -> History:

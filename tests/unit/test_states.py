@@ -5,17 +5,19 @@ from itertools import product
 
 import pytest
 
-from trainchain.core.states import MOVES, Evaluation, Job, Lease, Round, Shard, check_move
+from trainchain.core.states import MOVES, Audit, Evaluation, Job, Lease, Round, Shard, check_move
 
-KINDS = (Job, Round, Shard, Lease, Evaluation)
+KINDS = (Job, Round, Shard, Lease, Evaluation, Audit)
 EVERY = [state for kind in KINDS for state in kind]
-ENDS = (Job.CLOSED, Round.MERGED, Shard.ACCEPTED, Shard.ABANDONED, Lease.DONE, Evaluation.DONE)
+OVER = (Audit.PASSED, Audit.FAILED, Audit.UNAUDITED, Audit.VOID)
+ENDS = (Job.CLOSED, Round.MERGED, Shard.ACCEPTED, Shard.ABANDONED, Lease.DONE, Evaluation.DONE, *OVER)
 STARTS = (
     Job.UNFUNDED,
     Round.OPEN,
     Shard.OPEN,
     Lease.HELD,
     Evaluation.OPEN,
+    Audit.DRAWN,
 )  # not a set: equal words would fall together
 
 

@@ -51,6 +51,17 @@ TYPES: dict[str, list[tuple[str, str]]] = {
         ("uint128", "amount"),
         ("uint64", "place"),
     ],
+    # What draws a round's audits, fixed by its hash before anything is trained (core/draws.py).
+    "RoundSecret": [("bytes32", "jobId"), ("uint64", "round"), ("bytes32", "secretHash")],
+    "Replay": [
+        ("bytes32", "jobId"),
+        ("bytes32", "lease"),
+        ("bytes32", "target"),
+        ("uint64", "segment"),
+        ("address", "auditor"),
+        ("bytes32", "endLeaf"),
+        ("string", "numericClass"),
+    ],
     # Who signs it can read what is wrapped for this X25519 key (core/seal.py).
     "ExchangeKey": [("address", "account"), ("bytes32", "publicKey")],
     # The token's own type (ERC-2612); its domain names the token instead of the escrow.

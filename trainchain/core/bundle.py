@@ -14,21 +14,35 @@ from trainchain.core.adapter import CONFIG_FILE, TEMPLATE_FILE, WEIGHTS_FILE, be
 from trainchain.core.card import base_name
 from trainchain.core.digests import canonical_json, sha256, sha256_file
 from trainchain.core.errors import TrainChainError
-from trainchain.core.history import Accepted, Chain, Contributions, History
-from trainchain.core.models import Amount, Count, Digest, FileName, Hash32, Model, Positive, ResolvedRecipe, parse
+from trainchain.core.history import Accepted, Chain, Contributions, History, ToldAudit
+from trainchain.core.models import (
+    Address,
+    Amount,
+    Count,
+    Digest,
+    FileName,
+    Hash32,
+    Model,
+    Positive,
+    ResolvedRecipe,
+    parse,
+)
+from trainchain.core.rewards import NEVER, Earned
 
 FOLDER = "trainchain"
-FORMAT: Literal["trainchain.bundle/2"] = "trainchain.bundle/2"
+FORMAT: Literal["trainchain.bundle/3"] = "trainchain.bundle/3"
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
 CONTRIBUTIONS = "contributions.json"
 LOSSES = "losses.json"
 SETTLEMENTS = "settlements.json"
+FEES = "fees.json"
 README = "README"
 TEXT = """The audit bundle of a LoRA adapter that was trained with TrainChain.
 
 recipe.json         what was trained: the resolved recipe; its sha256 is the spec hash that stands in escrow
 contributions.json  every accepted contribution: signed by its worker, with the hub's signed receipt
+fees.json           what replays of others' work earned, and what of that was forfeited
 losses.json         each round: its adapters, merge error, held-out loss, answers to the sample prompts
 settlements.json    what was settled on chain, and the leaves files that say who was paid how much
 manifest.json       job, chain, and the sha256 of each of these files
@@ -43,7 +57,7 @@ class Entry(Model):
 
 
 class Manifest(Model):
-    format: Literal["trainchain.bundle/2"]
+    format: Literal["trainchain.bundle/3"]
     job: Hash32
     round: Positive
     """Whose adapter lies beside it."""
@@ -61,6 +75,22 @@ class SettlementEntry(Model):
     leaves: FileName
 
 
+class Fee(Model):
+    """What one replay earned, as `core/rewards.py` counts it."""
+
+    round: Positive
+    shard: Count
+    auditor: Address
+    place: Positive
+    fee: Amount
+    counted: Count
+    forfeited: Count | None
+
+
+class Fees(Model):
+    fees: list[Fee]
+
+
 class Checks(NamedTuple):
     """How a chain reads what it signs and settles: `recover(type, fields, signature)` is who signed, and `leaves` a
     leaves file. Both raise TrainChainError for what does not hold."""
@@ -76,13 +106,16 @@ def bundle_files(
     round_: int,
     contributions: list[Accepted],
     leaves: Mapping[str, bytes],
+    audits: Sequence[ToldAudit] = (),
 ) -> dict[str, bytes]:
     """The bundle's files by name, the manifest among them: the same for the same job, round and settlements.
 
-    `leaves` are the leaves files of `history.settled(round_)` by their digests.
+    `leaves` are the leaves files of `history.settled(round_)` by their digests. Of verdicts it tells what the last of
+    these knew: later ones change what lies here no more.
     """
     done = history.through(round_)
-    rows = [one for one in contributions if one.counted <= round_]
+    last = max((row.round for row in history.settled(round_)), default=0)
+    rows = [_as_known(one, last) for one in contributions if one.counted <= round_]
     # What an adapter of private data answers may tell of the data.
     answers = {} if recipe.private else {row.round: row.samples for row in history.evaluations}
     losses: list[dict[str, Any]] = [{"round": 0, "loss": history.loss(0), "samples": answers.get(0)}]
@@ -108,6 +141,7 @@ def bundle_files(
         CONTRIBUTIONS: _json({"contributions": [_dump(one) for one in sorted(rows, key=lambda one: one.which)]}),
         LOSSES: _json({"rounds": losses}),
         SETTLEMENTS: _json({"settlements": [_dump(row) for row in settlements]}),
+        FEES: _json({"fees": [_dump(fee) for fee in _fees(audits, last)]}),
         README: TEXT.encode(),
         **{name: leaves[digest] for digest, name in names.items()},
     }
@@ -121,6 +155,27 @@ def bundle_files(
         files={name: Entry(sha256=sha256(data), size=len(data)) for name, data in sorted(files.items())},
     )
     return {**files, MANIFEST: _json(_dump(manifest))}
+
+
+def _as_known(row: Accepted, last: int) -> Accepted:
+    stamps = {"resolved": row.resolved, "forfeited": row.forfeited}
+    return row.model_copy(update={name: known_by(stamp, last) for name, stamp in stamps.items()})
+
+
+def known_by(stamp: int | None, last: int) -> int | None:
+    """What settlement `last` knew of a stamp."""
+    return stamp if stamp is not None and stamp <= last else None
+
+
+def _fees(audits: Sequence[ToldAudit], last: int) -> list[Fee]:
+    found = []
+    for audit in audits:
+        for one in audit.replays:
+            if one.place is not None and one.counted is not None and one.counted <= last:
+                where = {"round": audit.round, "shard": audit.shard, "auditor": one.auditor, "place": one.place}
+                lost = known_by(one.forfeited, last)
+                found.append(Fee.model_validate({**where, "fee": one.fee, "counted": one.counted, "forfeited": lost}))
+    return sorted(found, key=lambda fee: (fee.auditor.lower(), fee.place))
 
 
 def check(folder: Path, checks: Checks) -> Manifest:
@@ -171,6 +226,21 @@ def _check_pay(
     earned, found = recount.earned(recipe, manifest.job, manifest.chain, rows, checks.recover)
     told = parse(Settlements, _read(inside / SETTLEMENTS), code="job.invalid", what=SETTLEMENTS).settlements
     files = {row.round: checks.leaves(_read(inside / row.leaves)) for row in told}
+    fees = parse(Fees, _read(inside / FEES), code="job.invalid", what=FEES).fees
+    earned += [
+        Earned(
+            fee.round,
+            fee.shard,
+            fee.auditor,
+            fee.place,
+            fee.fee,
+            fee.counted,
+            "replay",
+            0,
+            NEVER if fee.forfeited is None else fee.forfeited,
+        )
+        for fee in fees
+    ]
     found += recount.leaves(manifest.job, earned, files, known=manifest.round)
     found += recount.roots((recount.OnChain(row.round, row.root, row.total) for row in told), files)
     if found:

@@ -77,7 +77,7 @@ def card(
         *story.training(recipe, history, round_),
         *story.losses(recipe, history, round_),
         *story.workers(recipe, history, round_),
-        *story.checks(evidence=folded is None),
+        *story.checks(recipe, history, round_, evidence=folded is None),
         *story.pay(recipe, history, chain, round_),
         *(story.folding(recipe, history, round_, folded) if folded else story.recheck(recipe, history, round_)),
         *_license(recipe),

@@ -11,7 +11,7 @@ from trainchain.core.encodings import SPREAD, Decoded, Shapes, decode, encoded_s
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.schedule import learning_rate, steps_before
-from trainchain.core.segments import Moments
+from trainchain.core.segments import Moments, State, Tensors
 
 SPARE_BYTES = 4096
 REACH = 3.0
@@ -28,13 +28,15 @@ def delta_cap(recipe: ResolvedRecipe, shapes: Shapes) -> int:
     return encoded_size(recipe.merge.encoding, shapes, moments=recipe.merge.hands_on) + SPARE_BYTES
 
 
-def reach(recipe: ResolvedRecipe, round: int) -> float:
-    """How far an element may move in a shard of `round`, whose learning rates are the schedule's.
+def reach(recipe: ResolvedRecipe, round: int, first: int = 1, last: int | None = None) -> float:
+    """How far an element may move in a shard of `round`, whose learning rates are the schedule's; or in its steps from
+    `first` to `last`.
 
     Moments that were handed on may know nothing yet of a gradient that sets in. By Cauchy and Schwarz Adam then moves
     by up to (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) learning rates a step besides: 7.3 with the usual betas.
     """
-    rates, furthest = math.fsum(learning_rate(recipe, round, step) for step in range(1, recipe.steps + 1)), REACH
+    steps, furthest = range(first, (last or recipe.steps) + 1), REACH
+    rates = math.fsum(learning_rate(recipe, round, step) for step in steps)
     if steps_before(recipe, round):
         b1, b2 = recipe.training.adam_beta1, recipe.training.adam_beta2
         furthest += (1 - b1) / math.sqrt((1 - b2) * (1 - b1**2 / b2)) if b1**2 < b2 else math.inf
@@ -55,11 +57,27 @@ def read_delta(data: bytes, recipe: ResolvedRecipe, shapes: Shapes, round: int) 
                 f"An element of {name} moved by {furthest:.4g}; the round's steps can move it by {bound:.4g}.",
             )
     if found.moments is not None:
-        _check_moments(found.moments, recipe.training.max_grad_norm)
+        check_moments(found.moments, recipe.training.max_grad_norm)
     return found
 
 
-def _check_moments(moments: Moments, max_grad_norm: float) -> None:
+def impossible(state: State, start: Tensors, recipe: ResolvedRecipe, round: int) -> bool:
+    """Whether no training from `start` has such a state after its steps: so far it cannot have moved, its moments are
+    longer than those of clipped gradients, or a square is negative."""
+    if any(bool((tensor < 0).any()) for tensor in state.v.values()):
+        return True
+    bound = reach(recipe, round, 1, state.t) * (1 + SPREAD)
+    if any(float(np.abs(tensor - start[name]).max(initial=0.0)) > bound for name, tensor in state.w.items()):
+        return True
+    try:
+        check_moments(Moments(state.m, state.v), recipe.training.max_grad_norm)
+    except TrainChainError:
+        return True
+    return False
+
+
+def check_moments(moments: Moments, max_grad_norm: float) -> None:
+    """Raises `delta.out_of_reach` where moments are not of gradients that are clipped."""
     first = math.sqrt(sum(float(np.sum(np.square(m, dtype=np.float64))) for m in moments.m.values()))
     second = math.sqrt(sum(float(np.sum(v, dtype=np.float64)) for v in moments.v.values()))
     for length, which in ((first, "first"), (second, "second")):

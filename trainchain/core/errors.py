@@ -105,7 +105,7 @@ CODES: dict[str, Reason] = {
     "contribution.repeat": Reason(409, 1, "This contribution was already accepted; its receipt comes along."),
     "contribution.encoding": Reason(422, 1, "The delta is encoded otherwise than the recipe says."),
     "contribution.segments": Reason(
-        422, 1, "The contribution does not tell micro_tokens once for each segment of the recipe."
+        422, 1, "The contribution does not tell micro_tokens, of a batch at most, once for each segment of the recipe."
     ),
     "shard.already_accepted": Reason(409, 1, "Somebody's contribution for this shard was already accepted."),
     "delta.missing": Reason(409, 1, "The contribution names a delta that was not uploaded."),
@@ -119,6 +119,14 @@ CODES: dict[str, Reason] = {
     "delta.not_canonical": Reason(422, 1, "The delta's file is not the one its encoding makes of its numbers."),
     "delta.not_finite": Reason(422, 1, "The delta holds NaN or infinity."),
     "delta.out_of_reach": Reason(422, 1, "An element moved further than the optimizer can move it in the shard."),
+    # why an answer to a draw, or a replay, is refused; and what a verdict says
+    "audit.none": Reason(409, 1, "Nothing is wanted of this lease: no draw fell on it, or it is answered."),
+    "audit.answer_invalid": Reason(
+        422, 4, "What was opened or uploaded to answer a draw does not hold; nothing changed."
+    ),
+    "audit.too_late": Reason(409, 1, "The time to answer the draw, or to replay it, is over."),
+    "replay.invalid": Reason(422, 4, "A replay is not signed by its auditor, or is not of what its lease asks for."),
+    "draw.invalid": Reason(502, 4, "The hub has not signed the secret that draws the audits of a lease's round."),
     "receipt.invalid": Reason(502, 4, "The hub's receipt is not signed by it, or promises another amount."),
     "voucher.invalid": Reason(502, 4, "The hub's voucher is not signed by it, or promises less than has vested."),
     "worker.unsettled": Reason(402, 6, "A hub owes more that has vested, and is not settled, than the worker allows."),
@@ -165,6 +173,10 @@ CODES: dict[str, Reason] = {
     "verify.leaves": Reason(409, 4, "A settlement's leaves are not those that follow from the rewards."),
     "verify.root": Reason(409, 4, "A settlement's root or total is not that of its leaves."),
     "verify.chain": Reason(409, 4, "What the escrow holds or has paid for a job is not what it should be."),
+    "verify.draws": Reason(409, 4, "An audit was skipped, invented or moved: it is not what the round's secret draws."),
+    "verify.evidence": Reason(409, 4, "A verdict does not follow from its evidence, or there is none."),
+    "verify.forfeits": Reason(409, 4, "More or less is forfeited, or paid for replays, than the rule says."),
+    "doctor.calibration": Reason(422, 4, "A golden segment ends beyond the tolerance on this machine."),
     "money.not_an_amount": Reason(422, 2, "The text is not an amount of tokens."),
     "money.insufficient": Reason(402, 6, "The wallet does not hold enough tokens or gas."),
     "money.budget_too_small": Reason(422, 6, "The budget is below the price of the work."),

@@ -4,25 +4,18 @@ Card and audit bundle of an adapter are made from it and from the resolved recip
 rewards) is taken from there, never from the hub's word.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
 from trainchain.core.errors import TrainChainError
-from trainchain.core.models import (
-    Address,
-    Amount,
-    Contribution,
-    Count,
-    Digest,
-    Hash32,
-    Model,
-    Positive,
-    ResolvedRecipe,
-    parse,
-)
+from trainchain.core.evidence import REJECTS, Code
+from trainchain.core.messages import Contribution, SignedReplay
+from trainchain.core.models import Address, Amount, Count, Digest, Hash32, Model, Positive, ResolvedRecipe, parse
 from trainchain.core.rewards import shard_reward
+from trainchain.core.verdicts import Role
 
 
 class Told(Model):
@@ -34,12 +27,21 @@ class Told(Model):
 State = Annotated[str, Field(pattern=r"^[a-z_]{1,32}$")]
 
 
+class ToldVerdict(Told):
+    """How the audit of a shard stands, and what it found."""
+
+    state: State
+    code: Code | None = None
+
+
 class ToldShard(Told):
     shard: Count
     state: State
     worker: Address | None = None
     merged_in: Positive | None = None
     """The round whose merge takes an accepted one in: its own, or the next where it came late; None where none does."""
+    audit: ToldVerdict | None = None
+    forfeited: bool = False
 
 
 class ToldRound(Told):
@@ -47,7 +49,13 @@ class ToldRound(Told):
     state: State
     start: Digest
     adapter: Digest | None
+    outer_step: Digest | None = None
     merge_error: float | None
+    opened: float = 0.0
+    secret_hash: Hash32 | None = None
+    secret_signature: Annotated[str, Field(max_length=200)] | None = None
+    secret: Hash32 | None = None
+    """What drew its audits, once nothing can be drawn with it any more."""
     shards: list[ToldShard]
 
     def accepted(self) -> list[ToldShard]:
@@ -105,6 +113,16 @@ class History(Told):
         rest = (row for row in self.rounds_done if row.round <= min(round_, settled))
         return taken | {(row.round, shard.shard) for row in rest for shard in row.accepted() if shard.merged_in is None}
 
+    def verdicts(self, round_: int) -> Counter[str]:
+        """How the audits of what an adapter was made of ended, by code; "" counts those that have not."""
+        every = [shard for row in self.through(round_) for _, shard in self.taken(row.round)]
+        return Counter(shard.audit.code or "" for shard in every if shard.audit is not None)
+
+    def forfeited(self, recipe: ResolvedRecipe, round_: int) -> int:
+        """Token units of what an adapter was made of, and is not paid."""
+        every = [one for row in self.through(round_) for one in self.taken(row.round)]
+        return sum(shard_reward(recipe, trained, shard.shard) for trained, shard in every if shard.forfeited)
+
     def loss(self, round_: int) -> float | None:
         """The held-out loss after a round, None where none was measured."""
         return next((row.loss for row in self.evaluations if row.round == round_), None)
@@ -121,8 +139,16 @@ class History(Told):
         return before + [row for row in rows if row.round > round_][:1]
 
 
+class ToldDraw(Told):
+    """That a contribution is audited, as its worker was told when it was accepted."""
+
+    segment: Count
+    at_risk: Positive
+
+
 class Receipt(Told):
-    """The hub's promise to pay, as it was signed."""
+    """The hub's promise to pay, as it was signed; and as its worker keeps it, what was drawn, and the hash of the
+    secret that drew."""
 
     jobId: Hash32
     round: Positive
@@ -136,6 +162,9 @@ class Receipt(Told):
     chain_id: Positive
     escrow: Address
     signature: Annotated[str, Field(max_length=200)]
+    draw: ToldDraw | None = None
+    secret_hash: Hash32 | None = None
+    secret_signature: Annotated[str, Field(max_length=200)] | None = None
 
     def fields(self) -> dict[str, Any]:
         """What the signature is over."""
@@ -152,7 +181,10 @@ class Accepted(Told):
     seconds: float = 0.0
     micro_tokens: Annotated[list[Positive], Field(default_factory=list)]
     receipt: Receipt
+    accepted: float = 0.0
     merged_in: Positive | None = None
+    resolved: Count | None = 0
+    forfeited: Count | None = None
 
     @property
     def counted(self) -> int:
@@ -169,9 +201,50 @@ class Contributions(Told):
     contributions: list[Accepted]
 
 
+class ToldReplay(Told):
+    """A replay that was handed out or, from `done` on, handed in; the last four as of a contribution. `signed` is told
+    once the audit is decided; where it has passed, once the job is settled."""
+
+    lease: Hash32
+    auditor: Address
+    role: Role | None = None
+    signed: SignedReplay | None = None
+    ringer: bool
+    done: float | None
+    fee: Amount
+    place: Positive | None
+    counted: Count | None
+    forfeited: Count | None
+
+
+class ToldAudit(Told):
+    """An audit, as `GET /v1/jobs/{id}/audits` tells of it; `lease` is that of the contribution it is of."""
+
+    lease: Hash32
+    round: Positive
+    shard: Count
+    worker: Address
+    segment: Count
+    at_risk: Positive
+    state: State
+    code: Code | None
+    evidence: Digest | None
+    drawn: float
+    decided: float | None
+    replays: list[ToldReplay]
+
+    @property
+    def rejects(self) -> bool:
+        return self.code in REJECTS
+
+
+class Audits(Told):
+    audits: list[ToldAudit]
+
+
 @dataclass(frozen=True)
 class Share:
-    """What one worker brought to an adapter."""
+    """What one worker brought to an adapter; `reward` is what of its pay is not forfeited."""
 
     worker: str
     accepted: int
@@ -185,11 +258,18 @@ def shares(recipe: ResolvedRecipe, history: History, round_: int) -> list[Share]
     for row in history.through(round_):
         for trained, shard in history.taken(row.round):
             tokens = recipe.counts[trained - 1][shard.shard].tokens
-            parts.setdefault(str(shard.worker), []).append((tokens, shard_reward(recipe, trained, shard.shard)))
+            reward = 0 if shard.forfeited else shard_reward(recipe, trained, shard.shard)
+            parts.setdefault(str(shard.worker), []).append((tokens, reward))
     return [
         Share(worker, len(rows), sum(tokens for tokens, _ in rows), sum(reward for _, reward in rows))
         for worker, rows in sorted(parts.items(), key=lambda item: item[0].lower())
     ]
+
+
+class Operator(Told):
+    """The wallets with which whoever operates the hub audits (`GET /v1/hub`)."""
+
+    auditors: list[Address] = Field(default_factory=list)
 
 
 class Chain(Told):

@@ -12,7 +12,7 @@ from trainchain.core.digests import canonical_json, sha256
 from trainchain.core.errors import TrainChainError
 from trainchain.core.sharding import spare_shards
 
-PROTOCOL = 6
+PROTOCOL = 7
 MAX_INT = 2**63 - 1
 MAX_TEMPLATE = 1 << 18
 """Characters of a chat template that a recipe may bring."""
@@ -209,6 +209,21 @@ class Merge(Model):
         return self.moments == "merged"
 
 
+class Check(Model):
+    """How work is audited (core/draws.py); times in seconds. `auditors`: `any` who has earned it, beside those of the
+    owner and the operator; `owner`, these two's alone; or `none`: nothing is audited."""
+
+    auditors: Literal["any", "owner", "none"]
+    answer: Positive
+    """For which a worker may take to answer."""
+    timeout: Positive
+    """For which an answered audit waits for its auditors, in all."""
+    before_merge: Count
+    """For which a round that is full waits for the verdicts on it."""
+    spend: Annotated[float, Field(ge=0, le=1)]
+    """The most that audits cost, as a share of the shards' pay."""
+
+
 class Pay(Model):
     """`per_million_tokens` and `budget` in the token's smallest unit; times in seconds."""
 
@@ -242,6 +257,7 @@ class ResolvedRecipe(Model):
     round_deadline: Positive
     quorum: float
     merge: Merge
+    check: Check
     pay: Pay
     samples: Annotated[list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(max_length=16)]
     """Prompts that each merged adapter answers, to show what it learned."""
@@ -278,6 +294,16 @@ class ResolvedRecipe(Model):
         return all(ref is None or ref.sha256 != digest for ref in others)
 
     @property
+    def audited(self) -> bool:
+        """Whether draws are made: an owner who trains alone would only audit themselves."""
+        return self.check.auditors != "none" and self.access.workers != "owner"
+
+    @property
+    def segments(self) -> int:
+        """How many segments each shard has."""
+        return -(-self.steps // self.training.segment_steps)
+
+    @property
     def private(self) -> bool:
         """Whether the job's adapters and deltas are for its owner and its workers alone."""
         return self.access.keys is not None
@@ -289,71 +315,6 @@ class ResolvedRecipe(Model):
         every += [entry.file for entry in data if entry.file is not None and entry.source is None]
         every += self.sealed.files() if self.sealed else []
         return list({ref.sha256: ref for ref in [*every, self.lora.initial]}.values())
-
-
-class Lease(Model):
-    """A hub's offer: what to train or to measure, from which start adapter. Everything in it becomes part of a path
-    or of what is signed, so nothing in it is taken unparsed."""
-
-    lease: Hash32
-    kind: Literal["train", "evaluate"]
-    job: Hash32
-    name: JobName
-    spec_hash: Digest
-    round: Count
-    shard: Count | None
-    start: Digest
-    before: Digest | None = None
-    """What the last round started from, and"""
-    outer_step: Digest | None = None
-    """the encoded step from there to `start`, with the moments that training goes on with; None in the first round."""
-    expires_in: float
-
-
-class Contribution(Model):
-    """What one worker hands in for one leased shard: the EIP-712 fields, in their signed order.
-
-    `startHash` and `deltaHash` are sha256 digests of safetensors bytes; `stateRoot` is the Merkle root of the
-    shard's state leaves (`core/segments.py`).
-    """
-
-    jobId: Hash32
-    round: Positive
-    shard: Count
-    lease: Hash32
-    worker: Address
-    startHash: Hash32
-    deltaHash: Hash32
-    stateRoot: Hash32
-    encoding: Annotated[str, Field(max_length=16)]
-    numericClass: Annotated[str, Field(max_length=200)]
-
-
-class SignedContribution(Model):
-    contribution: Contribution
-    signature: Annotated[str, Field(max_length=200)]
-    losses: Annotated[list[float], Field(max_length=64)] = []
-    """Training loss at the shard's first and last steps: shown, never trusted."""
-    seconds: Annotated[float, Field(ge=0, le=1e9)] = 0.0
-    micro_tokens: Annotated[list[Positive], Field(max_length=100_000)] = []
-    """Per segment, how many tokens went through the model at once."""
-
-
-class Voucher(Model):
-    """The hub's cumulative promise: everything that has vested for the account in the job. The escrow pays it without
-    the hub, until deadline and grace are over."""
-
-    jobId: Hash32
-    account: Address
-    cumulative: Amount
-    hub: Address
-    chain_id: Positive
-    escrow: Address
-    signature: Annotated[str, Field(max_length=200)]
-
-    def fields(self) -> dict[str, Any]:
-        """What the signature is over."""
-        return {"jobId": self.jobId, "account": self.account, "cumulative": self.cumulative}
 
 
 M = TypeVar("M", bound=Model)

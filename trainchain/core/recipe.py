@@ -9,20 +9,31 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic.functional_validators import AfterValidator, BeforeValidator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.functional_validators import BeforeValidator
 
-from trainchain.core import money
+from trainchain.core.entries import (
+    ADDRESS,
+    AccessEntry,
+    CheckEntry,
+    DataEntry,
+    HeldOutEntry,
+    MergeEntry,
+    PayEntry,
+    Place,
+    Prompt,
+    Seconds,
+    Small,
+    Strict,
+    no_dropout,
+)
 from trainchain.core.errors import TrainChainError
-from trainchain.core.models import Address, DataFormat, Encoding, MergeMethod, MergeRule
 
 MAX_BYTES = 1 << 20
 MAX_STEPS = 100_000
+"""In a shard; a hub sums the learning rate over them."""
 LONGEST_SHOWN = 120
 """Characters of a wrong value in a message."""
-_ADDRESS = re.compile(r"^0x[0-9a-fA-F]{40}$")
-"""In a shard; a hub sums the learning rate over them."""
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 OTHER_TOOLS = {  # how LLaMA-Factory, TRL and PEFT call what is known here by another name
     "model_name_or_path": "base_model",
@@ -61,7 +72,6 @@ INSTEAD = {  # known words that mean something else here: why, and what to write
     ),
 }
 LATER = {  # known words that this version does not honour: refused, since money depends on the recipe's meaning
-    "check": "checking by replay",
     "gate": "gates",
     "num_epochs": "counting in epochs (write rounds, shards and steps)",
     "val_set_size": "splitting a held-out set off (name a file under test_datasets)",
@@ -69,121 +79,18 @@ LATER = {  # known words that this version does not honour: refused, since money
 }
 
 
-def _duration(value: object) -> object:
-    """Seconds out of "90s", "30m", "48h", "2d"."""
-    if isinstance(value, str) and (match := re.fullmatch(r"(\d{1,9})\s*([smhd])", value.strip())):
-        return int(match.group(1)) * UNITS[match.group(2)]
-    raise ValueError("write a time as digits and one of s, m, h, d, for example 30m")
-
-
-def _no_dropout(value: object) -> object:
-    if isinstance(value, bool) or value != 0:
-        raise ValueError("only 0 is taken: with dropout a replay of the training could not be exact")
-    return 0
-
-
-def _tokens(value: object) -> object:
-    """Token units out of "2.50", 2.5 or 2."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError('write an amount of tokens, for example "2.50"')
-    try:
-        return money.parse(str(value))
-    except TrainChainError as error:
-        raise ValueError(error.message.rstrip(".")) from None
-
-
-def _who(value: object) -> object:
-    if value in ("anyone", "owner"):
-        return value
-    if not isinstance(value, list) or not value:
-        raise ValueError("should be anyone, owner, or a list of wallets' addresses")
-    for entry in value:
-        if not isinstance(entry, str) or not _ADDRESS.fullmatch(entry):
-            raise ValueError(f"{str(entry)[:60]!r} is no wallet's address, which has 0x and 40 hex digits")
-    return value
-
-
-def _place(text: str) -> str:
-    """A path or an address that this machine can look for."""
-    if "\0" in text:
-        raise ValueError("no path has a NUL in it")
-    try:
-        Path(text).expanduser()
-    except RuntimeError:
-        raise ValueError("there is no home folder of that name here") from None
-    return text
-
-
-Place = Annotated[str, AfterValidator(_place)]
-Seconds = Annotated[int, BeforeValidator(_duration), Field(ge=0, le=10 * 365 * 86400)]
-Tokens = Annotated[int, BeforeValidator(_tokens), Field(ge=0, lt=2**128)]
-Small = Annotated[int, Field(ge=1, le=1_000_000)]
-Prompt = Annotated[str, Field(min_length=1, max_length=4096)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class DataEntry(_Strict):
-    path: Place
-    type: DataFormat | None = None
-    """Found from the first row when left out."""
-    split: Annotated[str, Field(max_length=64)] | None = None
-    """Of a data set on a model hub; left out: train for training, test or validation for what is held out."""
-
-
-class HeldOutEntry(DataEntry):
-    rows: Small = 200
-
-
-class MergeEntry(_Strict):
-    method: MergeMethod = "product-mean"
-    rule: MergeRule = "gate"
-    encoding: Encoding = "int4"
-    moments: Literal["merged", "fresh"] = "merged"
-    outer_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
-    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    spares: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Of `shards`, rounded down: so many more shards a round has for its tail."""
-    leave_one_out: Annotated[float, Field(ge=0, le=1)] | None = None
-
-
-class PayEntry(_Strict):
-    token: Literal["TRAIN"] = "TRAIN"
-    per_million_tokens: Tokens
-    budget: Tokens
-    deadline: Seconds = 48 * 3600
-    grace: Seconds = 24 * 3600
-    activation_delay: Seconds = 0
-
-
-class AccessEntry(_Strict):
-    workers: Annotated[
-        Literal["anyone", "owner"] | Annotated[list[Address], Field(min_length=1, max_length=10_000)],
-        BeforeValidator(_who),
-    ] = "anyone"
-    keys: Literal["owner", "hub"] | None = None
-    """Who keeps the keys of the sealed data: a hub of the owner's own, or the hub that the job is published at. Left
-    out: owner where not anyone may work, else nothing is sealed."""
-
-    @property
-    def holder(self) -> Literal["owner", "hub"] | None:
-        return self.keys or (None if self.workers == "anyone" else "owner")
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")]
     base_model: Place
     datasets: Annotated[list[DataEntry], Field(min_length=1, max_length=64)]
-    test_datasets: Annotated[list[HeldOutEntry], Field(max_length=1)] = []
+    test_datasets: Annotated[list[HeldOutEntry], Field(max_length=1, default_factory=list)]
     adapter: Literal["lora", "qlora"] = "lora"
     """`qlora` keeps the base in NF4."""
     chat_template: Place | None = None
     """A file: the Jinja text that is used in place of the base's own."""
     lora_r: Annotated[int, Field(ge=1, le=1024)] = 8
     lora_alpha: Small = 16
-    lora_dropout: Annotated[Literal[0], BeforeValidator(_no_dropout)] = 0
+    lora_dropout: Annotated[Literal[0], BeforeValidator(no_dropout)] = 0
     lora_target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     sequence_len: Annotated[int, Field(ge=8, le=1 << 20)] = 512
     micro_batch_size: Annotated[int, Field(ge=1, le=65536)] = 2
@@ -213,10 +120,11 @@ class Recipe(_Strict):
     round_deadline: Seconds = 30 * 60
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.75
     merge: Annotated[MergeEntry, Field(validate_default=True)] = MergeEntry()
+    check: CheckEntry = CheckEntry()
     access: AccessEntry = AccessEntry()
     hub_model_id: Annotated[str, Field(min_length=1, max_length=300)] | None = None
     """Where the merged adapter is pushed: `me/name` or `hf://me/name` on Hugging Face, or `azureml:name`."""
-    samples: Annotated[list[Prompt], Field(max_length=16)] = []
+    samples: Annotated[list[Prompt], Field(max_length=16, default_factory=list)]
     sample_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
     pay: PayEntry
 
@@ -238,7 +146,7 @@ class Recipe(_Strict):
 
 
 PARENTS: dict[str, type[BaseModel]] = {
-    **{"pay": PayEntry, "merge": MergeEntry, "access": AccessEntry},
+    **{"pay": PayEntry, "merge": MergeEntry, "check": CheckEntry, "access": AccessEntry},
     **{"datasets": DataEntry, "test_datasets": HeldOutEntry},
 }
 
@@ -254,7 +162,7 @@ _Loader.add_implicit_resolver(
     list("-+.0123456789"),
 )
 # Before the integers: the first that fits is taken.
-_Loader.yaml_implicit_resolvers["0"].insert(0, ("tag:yaml.org,2002:str", _ADDRESS))
+_Loader.yaml_implicit_resolvers["0"].insert(0, ("tag:yaml.org,2002:str", ADDRESS))
 
 
 def load_recipe(path: Path) -> Recipe:

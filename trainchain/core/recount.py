@@ -14,7 +14,7 @@ from trainchain.core.errors import TrainChainError
 from trainchain.core.history import Accepted, Chain, History, Receipt, ToldSettlement
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.money import show
-from trainchain.core.rewards import Earned, Terms, recount, shard_reward, totals, vested
+from trainchain.core.rewards import LATEST, NEVER, Earned, Terms, recount, shard_reward, totals, vested
 
 REWARDS, LEAVES, ROOT, CHAIN = "verify.rewards", "verify.leaves", "verify.root", "verify.chain"
 
@@ -61,7 +61,8 @@ class Sums(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One account's money in a job; `settled` as the last settlement says, `paid` by leaf or voucher."""
+    """One account's money in a job, of shards and of replays; `accepted` is what stands of it, `settled` as the last
+    settlement says, `paid` by leaf or voucher."""
 
     account: str
     shards: int
@@ -69,6 +70,7 @@ class Line(NamedTuple):
     vested: int
     settled: int
     paid: int
+    forfeited: int = 0
 
 
 def earned(
@@ -97,8 +99,10 @@ def earned(
             wrong = [] if signed else [("contribution", f"is signed by {signer}")]
             wrong += _wrong(row, recipe, reward, chain, {chain.hub.lower(), *hubs}, recover)
             found += [Finding(REWARDS, f"The {what} of {where}, by {worker}, {says}.") for what, says in wrong]
-            taken[row.which] = Earned(*row.which, worker, row.receipt.place, reward, row.counted)
-    return sorted(taken.values()), found + _queues(taken.values())
+            stamps = [NEVER if stamp is None else stamp for stamp in (row.resolved, row.forfeited)]
+            place, counted = row.receipt.place, row.counted
+            taken[row.which] = Earned(*row.which, worker, place, reward, counted, "shard", *stamps)
+    return sorted(taken.values()), found + queues(taken.values(), "accepted shards")
 
 
 def verdicts(before: History, rows: Iterable[Accepted], after: History) -> list[Finding]:
@@ -229,9 +233,9 @@ def listed(told: Iterable[ToldSettlement], settled: Iterable[Settled]) -> list[F
 
 def table(rows: Sequence[Earned], last: Leaves | None, paid: Mapping[str, int], *, over: bool) -> list[Line]:
     """Every account that earned, is owed or was paid something, in the order of addresses."""
-    everything = Terms(max((row.counted for row in rows), default=0), over, 0)
-    ripe, whole = totals(vested(rows, everything)), totals(rows)
-    shards = Counter(row.worker for row in rows)
+    ripe = totals(vested(rows, Terms(LATEST, over, 0)))
+    whole, lost = (totals(row for row in rows if (row.forfeited == NEVER) == stands) for stands in (True, False))
+    shards = Counter(row.worker for row in rows if row.kind == "shard")
     owed = last.amounts if last else {}
     return [
         Line(
@@ -241,8 +245,9 @@ def table(rows: Sequence[Earned], last: Leaves | None, paid: Mapping[str, int], 
             ripe.get(account, 0),
             owed.get(account, 0),
             paid.get(account, 0),
+            lost.get(account, 0),
         )
-        for account in sorted(set(whole) | set(owed) | set(paid))
+        for account in sorted({*whole, *lost, *owed, *paid})
     ]
 
 
@@ -292,7 +297,7 @@ def _signer(recover: Recover, chain: Chain, kind: str, fields: Mapping[str, Any]
         return "nobody"
 
 
-def _queues(rows: Iterable[Earned]) -> list[Finding]:
+def queues(rows: Iterable[Earned], what: str) -> list[Finding]:
     """Every worker's places must be 1 to n, each once, and what has a later place may count no earlier."""
     queues: dict[str, list[Earned]] = {}
     for row in rows:
@@ -305,11 +310,11 @@ def _queues(rows: Iterable[Earned]) -> list[Finding]:
         if lacking:
             shown = ", ".join(map(str, places[:20])) + (", .." if len(places) > 20 else "")
             found.append(
-                f"{worker} has {len(queue)} accepted shards at the places {shown}: none is at place {lacking[0]}, so "
+                f"{worker} has {len(queue)} {what} at the places {shown}: none is at place {lacking[0]}, so "
                 "one is told of twice or not at all."
             )
         elif any(one.counted > other.counted for one, other in pairwise(queue)):
-            found.append(f"{worker} has places that are not in the order in which its shards were accepted.")
+            found.append(f"{worker} has {what} at places that are not in the order in which they were accepted.")
     return [Finding(REWARDS, says) for says in found]
 
 

@@ -6,6 +6,7 @@ right), and a node without a sibling is promoted as it is.
 """
 
 import hashlib
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ import numpy as np
 import safetensors
 from numpy.typing import NDArray
 
-from trainchain.core.adapter import tensor_bytes
+from trainchain.core.adapter import tensor_bytes, tensor_header
 from trainchain.core.errors import TrainChainError
 
 Tensors = Mapping[str, NDArray[np.float32]]
 Encoding = Literal["fp32", "bf16"]
+
+NO_END = "0x" + "00" * 32
+"""What an auditor signs in place of an end's leaf where a replay diverged: nobody can train from the claimed start."""
 
 _TAG = {"fp32": b"f32 ", "bf16": b"bf16"}
 
@@ -80,6 +84,11 @@ class StateDigests(NamedTuple):
     v: bytes
 
 
+def steps_at(index: int, steps: int, segment_steps: int) -> int:
+    """After how many of a shard's steps its `index`-th state is taken."""
+    return min(index * segment_steps, steps)
+
+
 def segment_ends(steps: int, segment_steps: int) -> list[int]:
     """The steps after which a shard commits its state; the last segment may be shorter."""
     return [*range(segment_steps, steps, segment_steps), steps]
@@ -120,6 +129,15 @@ def state_bytes(state: State) -> bytes:
         tensors["m." + name] = bf16(state.m[name])
         tensors["v." + name] = bf16(state.v[name])
     return tensor_bytes(tensors)
+
+
+def state_size(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The bytes of every state of an adapter of these shapes."""
+    specs = {}
+    for name, shape in shapes.items():
+        for kind, dtype, width in (("w", "F32", 4), ("m", "BF16", 2), ("v", "BF16", 2)):
+            specs[f"{kind}.{name}"] = (dtype, tuple(shape), math.prod(shape) * width)
+    return len(tensor_header(specs)) + sum(size for _, _, size in specs.values())
 
 
 def read_state(data: bytes, t: int, shapes: Mapping[str, tuple[int, ...]]) -> State:

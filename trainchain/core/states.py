@@ -1,4 +1,4 @@
-"""Every state and every legal move of jobs, rounds, shards and leases. Standard library only."""
+"""Every state and every legal move of jobs, rounds, shards, leases and audits. Standard library only."""
 
 from enum import StrEnum
 
@@ -20,6 +20,8 @@ class Job(StrEnum):
 
 ENDED = frozenset({Job.FINISHED, Job.CANCELLED, Job.EXPIRED, Job.SETTLED, Job.CLOSED})
 """No shard is lent any more, and only what is held may still come."""
+TESTED = frozenset({Job.SETTLED, Job.CLOSED})
+"""No auditor is put to the test any more."""
 
 
 class Round(StrEnum):
@@ -54,6 +56,23 @@ class Evaluation(StrEnum):
     DONE = "done"
 
 
+class Audit(StrEnum):
+    DRAWN = "drawn"
+    """The worker owes states and openings; where it has answered, the end of a segment that a replay differs from."""
+    ANSWERED = "answered"
+    """Replays are wanted."""
+    PASSED = "passed"
+    FAILED = "failed"
+    UNAUDITED = "unaudited"
+    """Nobody could say: the work is accepted and paid."""
+    VOID = "void"
+    """What it was about is forfeited already."""
+
+
+PENDING = frozenset({Audit.DRAWN, Audit.ANSWERED})
+"""No verdict yet: nothing of its worker's vests from there on."""
+
+
 MOVES: dict[type[StrEnum], dict[StrEnum, frozenset[StrEnum]]] = {
     Job: {
         Job.UNFUNDED: frozenset({Job.OPEN, Job.RUNNING, Job.CANCELLED, Job.EXPIRED}),
@@ -86,6 +105,11 @@ MOVES: dict[type[StrEnum], dict[StrEnum, frozenset[StrEnum]]] = {
         Evaluation.OPEN: frozenset({Evaluation.LEASED}),
         Evaluation.LEASED: frozenset({Evaluation.OPEN, Evaluation.DONE}),
         Evaluation.DONE: frozenset(),
+    },
+    Audit: {
+        Audit.DRAWN: frozenset({Audit.ANSWERED, Audit.PASSED, Audit.FAILED, Audit.UNAUDITED, Audit.VOID}),
+        Audit.ANSWERED: frozenset({Audit.DRAWN, Audit.PASSED, Audit.FAILED, Audit.UNAUDITED, Audit.VOID}),
+        **{over: frozenset() for over in (Audit.PASSED, Audit.FAILED, Audit.UNAUDITED, Audit.VOID)},
     },
 }
 """By kind first: equal words of two kinds are equal strings, so one flat table would mix them up."""

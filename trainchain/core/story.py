@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from trainchain.core import money
+from trainchain.core.evidence import REJECTS
 from trainchain.core.history import Chain, History, shares
 from trainchain.core.markdown import bullets, code, count, table
 from trainchain.core.models import Counts, ResolvedRecipe
@@ -19,8 +20,10 @@ CHECKS = (
     "its tensors, no NaN or infinity, no element further from the start than the optimizer can move it in one shard, "
     "the bytes that were signed, and none twice in the job.",
     "**A merge that can be recomputed.** Each round's adapter is a fixed function of its start and its deltas.",
+)
+NO_REPLAY = (
     "**No replay.** Nobody trained a part of a shard again to compare. A worker who did not train as the recipe says, "
-    "but handed in a delta that passes the cheap checks, was not found out by them.",
+    "but handed in a delta that passes the cheap checks, was not found out by them."
 )
 
 
@@ -76,13 +79,29 @@ def workers(recipe: ResolvedRecipe, history: History, round_: int) -> Iterator[s
     yield table(("Wallet", "Shards accepted", "Tokens"), rows)
 
 
-def checks(*, evidence: bool) -> Iterator[str]:
+def checks(recipe: ResolvedRecipe, history: History, round_: int, *, evidence: bool) -> Iterator[str]:
     """`evidence` is whether the audit bundle lies beside the card."""
     here = "Both are in `trainchain/contributions.json` beside the adapter."
     there = "Both stand in the evidence that `trainchain push` puts beside the adapter."
     signed, *others = CHECKS
     yield "## How it was checked"
-    yield bullets([f"{signed} {here if evidence else there}", *others])
+    yield bullets([f"{signed} {here if evidence else there}", *others, _audits(recipe, history, round_)])
+
+
+def _audits(recipe: ResolvedRecipe, history: History, round_: int) -> str:
+    """In one line what was trained again, and what came of it."""
+    if not recipe.audited:
+        return NO_REPLAY
+    codes = history.verdicts(round_)
+    rejected = sum(number for code_, number in codes.items() if code_ in REJECTS)
+    parts = [(codes["audit.passed"], "passed"), (rejected, "rejected"), (codes["audit.undecided"], "undecided")]
+    parts += [(codes["audit.unaudited"], "unaudited, for want of an auditor"), (codes[""], "not decided yet")]
+    told = ", ".join(f"{number} {what}" for number, what in parts if number)
+    return (
+        f"**Replays by chance.** Of what is merged here, a segment of {count(sum(codes.values()), 'shard')} was drawn "
+        f"to be trained again by others, by secrets that were signed before{': ' + told if told else ''}. What was "
+        "rejected is not paid; where it had been merged by then, the adapter still holds it."
+    )
 
 
 def pay(recipe: ResolvedRecipe, history: History, chain: Chain, round_: int) -> Iterator[str]:
@@ -93,6 +112,9 @@ def pay(recipe: ResolvedRecipe, history: History, chain: Chain, round_: int) -> 
         f"The workers earned {money.show(earned)} {code(recipe.pay.token, 40)} for it, from escrow `{chain.escrow}` on "
         f"chain {chain.chain_id}, job `{history.job}`, owner `{history.owner}`.{whose}"
     )
+    lost = history.forfeited(recipe, round_)
+    if lost:
+        yield f"{money.show(lost)} {code(recipe.pay.token, 40)} more were forfeited with work that was rejected."
     settled = history.settled(round_)
     if not settled:
         yield "It was not settled on chain yet when this was written."
@@ -111,8 +133,9 @@ def recheck(recipe: ResolvedRecipe, history: History, round_: int) -> Iterator[s
             f"`trainchain/recipe.json` is the resolved recipe. Its sha256 is the spec hash `{recipe.spec_hash}`, which "
             "stands in escrow.",
             f"`adapter_model.safetensors` has the sha256 `{_adapter(history, round_)}`, as the hub gave it out.",
-            "`contributions.json`, `losses.json`, `settlements.json` and the `leaves` files in `trainchain/` hold "
-            "every accepted contribution with its signature and receipt, the losses, and who was paid what.",
+            "`contributions.json`, `fees.json`, `losses.json`, `settlements.json` and the `leaves` files in "
+            "`trainchain/` hold every accepted contribution with its signature and receipt, what replays earned, the "
+            "losses, and who was paid what.",
             f"`{VERIFY}` checks all of these offline; DIR is this folder.",
             f"A round is merged again from its start adapter and its deltas, which the hub gives to {given} under "
             "their digests for as long as it keeps the job. B x A agrees to a relative 1e-6, and bit for bit with the "
