@@ -12,6 +12,7 @@ import argparse
 import errno
 import json
 import logging
+import math
 import os
 import queue
 import shutil
@@ -26,10 +27,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainchain.core.adapter import adapter_bytes, read_adapter, tensor_specs
+from trainchain.core.adapter import Adapter, adapter_bytes, read_adapter, tensor_specs
 from trainchain.core.encodings import decode, encode
 from trainchain.core.errors import TrainChainError
 from trainchain.core.models import ResolvedRecipe, parse
+from trainchain.core.segments import (
+    NO_END,
+    Moments,
+    leaf,
+    read_state,
+    start_state,
+    state_bytes,
+    state_digests,
+    steps_at,
+)
 
 if TYPE_CHECKING:
     from trainchain.core.train.trainer import Engine
@@ -41,6 +52,7 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """The system's words for a disk, a quota or a file that can take no more."""
 DELTA_FILE = "delta.safetensors"
 END_FILE = "end.safetensors"
+STATE_FILE = "state.safetensors"
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -62,7 +74,7 @@ class Child:
     def handle(self, request: dict[str, Any]) -> dict[str, Any]:
         """The event that ends this request; steps are emitted on the way."""
         began = time.monotonic()
-        operations = {"open": self._open, "train": self._train, "evaluate": self._evaluate}
+        operations = {"open": self._open, "train": self._train, "replay": self._replay, "evaluate": self._evaluate}
         event = operations[request["op"]](request)
         return {"seconds": round(time.monotonic() - began, 3), **event}
 
@@ -89,21 +101,15 @@ class Child:
         return {"event": "ready", "numeric_class": self._engine.numeric_class}
 
     def _train(self, request: dict[str, Any]) -> dict[str, Any]:
-        def on_step(step: int, steps: int, tokens: int, loss: float) -> None:
-            self._emit({"event": "step", "step": step, "steps": steps, "tokens": tokens, "loss": loss})
-
         engine, start = self._opened(), read_adapter(Path(request["start"]))
-        way, step, states = engine.recipe.merge, request.get("outer_step"), request.get("states")
-        moments = None
-        if way.hands_on and step is not None:
-            moments = decode(Path(step).read_bytes(), way.encoding, tensor_specs(start), moments=True).moments
+        way, states = engine.recipe.merge, request.get("states")
         result = engine.train(
             start,
             request["round"],
             request["shard"],
             request["lease"],
-            on_step,
-            moments=moments,
+            self._on_step,
+            moments=_handed_on(request, engine.recipe, start),
             states=None if states is None else Path(states),
             block=_unsealed(request),
         )
@@ -126,6 +132,41 @@ class Child:
             "numeric_class": result.numeric_class,
         }
 
+    def _replay(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Train one segment again; `target` is the lease it was trained under, whose tree its end is a leaf of.
+
+        That it diverges is a result like any other, and not a failure: the start that was claimed has no end.
+        """
+        engine, start, segment = self._opened(), read_adapter(Path(request["start"])), int(request["segment"])
+        recipe, path = engine.recipe, request["state"]
+        ends = [steps_at(at, recipe.steps, recipe.training.segment_steps) for at in (segment, segment + 1)]
+        if path is None:
+            before = start_state(start, _handed_on(request, recipe, start))
+        else:
+            before = read_state(Path(path).read_bytes(), ends[0], tensor_specs(start))
+        block = _unsealed(request)
+        how = {"micro_tokens": engine.micro_tokens, "numeric_class": engine.numeric_class}
+        try:
+            end = engine.replay(before, request["round"], request["shard"], segment, self._on_step, block=block)
+        except TrainChainError as error:
+            if error.code != "train.diverged":
+                raise
+            return {"event": "done", "state": None, "end_leaf": NO_END, **how}
+        state = Path(request["out"]) / STATE_FILE
+        if engine.leads:
+            _publish(state, state_bytes(end))
+        target = bytes.fromhex(request["target"].removeprefix("0x"))
+        return {
+            "event": "done",
+            "state": str(state),
+            "end_leaf": "0x" + leaf(target, segment + 1, end.t, state_digests(end)).hex(),
+            **how,
+        }
+
+    def _on_step(self, step: int, steps: int, tokens: int, loss: float) -> None:
+        if math.isfinite(loss):  # else JSON cannot say it, and the segment's end says that it diverged
+            self._emit({"event": "step", "step": step, "steps": steps, "tokens": tokens, "loss": loss})
+
     def _evaluate(self, request: dict[str, Any]) -> dict[str, Any]:
         engine, path = self._opened(), request["adapter"]
         adapter = None if path is None else read_adapter(Path(path))
@@ -141,6 +182,14 @@ class Child:
         if self._engine is None:
             raise TrainChainError("job.not_ready", "No job is open.", hint='Send {"op": "open", ...} first.')
         return self._engine
+
+
+def _handed_on(request: Mapping[str, Any], recipe: ResolvedRecipe, start: Adapter) -> Moments | None:
+    """What AdamW goes on with, out of the outer step that led to `start`."""
+    way, step = recipe.merge, request.get("outer_step")
+    if not way.hands_on or step is None:
+        return None
+    return decode(Path(step).read_bytes(), way.encoding, tensor_specs(start), moments=True).moments
 
 
 @contextmanager

@@ -26,16 +26,15 @@ from transformers.pytorch_utils import Conv1D
 
 from trainchain.core.adapter import Adapter
 from trainchain.core.errors import TrainChainError
-from trainchain.core.models import ResolvedRecipe
+from trainchain.core.models import Lora, Training
 from trainchain.core.segments import State
 from trainchain.core.train import fused
 from trainchain.core.train.data import TokenizedData
-from trainchain.core.train.device import check_device
+from trainchain.core.train.device import DTYPES, check_device
 from trainchain.core.train.head import Head, ModelHead, TiledHead
 from trainchain.core.train.model import leave_files, load_model
 from trainchain.core.train.packed import ATTENTION, MicroBatch, lay_out
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOSS_SCALE = {"fp16": 1024.0}
 """Fixed, so that it is no state of its own: small gradients stay above fp16's smallest number."""
 PROBE_TOKENS = 16
@@ -46,14 +45,14 @@ class AdaptedModel:
 
     def __init__(
         self,
-        recipe: ResolvedRecipe,
+        training: Training,
+        lora: Lora,
         model_dir: Path,
         *,
         checkpointing: bool = False,
         lanes: int = 1,
         volatile: bool = False,
     ) -> None:
-        training, lora = recipe.training, recipe.lora
         self._training = training
         # With several processes Accelerate joins CPUs only when it is told to use them.
         together = int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -3,30 +3,43 @@
 import importlib.util
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from trainchain.core.errors import TrainChainError
-from trainchain.core.models import ResolvedRecipe, Training
+from trainchain.core.models import Training
+from trainchain.core.train.fingerprint import fingerprint
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LONGEST_NAME = 60
+"""Characters of a device's name; the contribution takes 200 for the whole class."""
 
 
-def numeric_class(device: torch.device, recipe: ResolvedRecipe, threads: int, adapter_path: str, processes: int) -> str:
+def numeric_class(device: torch.device, training: Training, threads: int, adapter_path: str, processes: int) -> str:
     """What decides the last bits of a result, but for the split into micro-batches, which each segment records.
 
-    Within one class and one split, replays are expected to be equal.
+    Within one class and one split, replays are expected to be equal. The device's part ends with its kernels'
+    fingerprint.
     """
-    training = recipe.training
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device).replace(" ", "-")
+        built = f"rocm{torch.version.hip}" if torch.version.hip else f"cuda{torch.version.cuda}"
+        name = f"{_plain(torch.cuda.get_device_name(device))}-{built}-cudnn{torch.backends.cudnn.version()}"
     else:
         name = f"{device.type}-{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}-threads{threads}"
+    name = f"{name}-{fingerprint(device, DTYPES[training.precision], threads)}"
     precision = (
         training.precision if training.quantization == "none" else f"{training.quantization}-{training.precision}"
     )
     parts = [name, precision, f"torch-{torch.__version__}", training.attention, adapter_path]
-    return "/".join([*parts, f"processes{processes}"] if processes > 1 else parts)[:200]
+    return "/".join([*parts, f"processes{processes}"] if processes > 1 else parts)
+
+
+def _plain(name: str) -> str:
+    """A driver's word for its device, as a part of a class: one that can be shown, and split again."""
+    return re.sub(r"[^A-Za-z0-9.+]+", "-", name)[:LONGEST_NAME].strip("-")
 
 
 def check_device(device: torch.device, training: Training) -> None:

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from trainchain.core.errors import TrainChainError
 from trainchain.core.segments import State, StateDigests, read_state, state_bytes, state_digests
+from trainchain.core.settings import sync_folder
 
 INDEX = "segments.jsonl"
+"""The file that tells of a folder's states; a worker who answers a draw reads it, too (core/worker/answers.py)."""
 PENDING = 2
 """States that may wait to be written; a slow disk then holds up training instead of filling the memory."""
 
@@ -143,3 +145,4 @@ def _publish(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    sync_folder(path.parent)

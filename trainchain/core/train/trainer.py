@@ -126,11 +126,13 @@ class Engine:
         self._order_lock = threading.Lock()
         self._helpers = ThreadPoolExecutor(2, "data")
         with memory_errors():
-            self._adapted = AdaptedModel(recipe, model_dir, checkpointing=checkpointing, lanes=lanes, volatile=volatile)
+            self._adapted = AdaptedModel(
+                training, recipe.lora, model_dir, checkpointing=checkpointing, lanes=lanes, volatile=volatile
+            )
             self._adapted.prove(self.documents)
         processes = self._adapted.processes[1]
         path = self._adapted.adapter_path
-        self.numeric_class = numeric_class(self._adapted.device, recipe, threads, path, processes)
+        self.numeric_class = numeric_class(self._adapted.device, training, threads, path, processes)
 
     def train(
         self,
@@ -184,7 +186,16 @@ class Engine:
             numeric_class=self.numeric_class,
         )
 
-    def replay(self, state: State, round: int, shard: int, segment: int, *, block: bytes | None = None) -> State:
+    def replay(
+        self,
+        state: State,
+        round: int,
+        shard: int,
+        segment: int,
+        on_step: OnStep | None = None,
+        *,
+        block: bytes | None = None,
+    ) -> State:
         """Train one segment (from 0) of a shard again, from the state it started in; the state it ends in.
 
         Split as `micro_tokens` says: to be equal to the last bit it must be what the segment was split by.
@@ -196,7 +207,7 @@ class Engine:
         with memory_errors():
             self._adapted.restore(state, steps_before(self.recipe, round))
             steps = range(state.t + 1, bounds[segment + 1] + 1)
-            self._segment(plan, round, shard, steps, None)
+            self._segment(plan, round, shard, steps, on_step)
             return self._adapted.snapshot(bounds[segment + 1])
 
     def evaluate(self, adapter: Adapter | None, *, held_out: bytes | None = None) -> float:
