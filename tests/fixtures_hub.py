@@ -14,7 +14,7 @@ import numpy as np
 import uvicorn
 from sqlalchemy import select
 
-from tests.fixtures_merge import PLAIN_MERGE
+from tests.fixtures_merge import PLAIN_MERGE, UNCHECKED
 from trainchain.chain.devnet.node import Devnet
 from trainchain.chain.devnet.rpc import Rpc
 from trainchain.chain.eip712 import Domain
@@ -160,6 +160,7 @@ def recipe(
         "round_deadline": 600,
         "quorum": 0.5,
         "merge": PLAIN_MERGE,
+        "check": UNCHECKED,
         "pay": Pay(
             token="TRAIN",
             per_million_tokens=per_million,

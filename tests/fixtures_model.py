@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.fixtures_merge import PLAIN_MERGE
+from tests.fixtures_merge import PLAIN_MERGE, UNCHECKED
 from trainchain.core.digests import sha256, sha256_file
 from trainchain.core.models import (
     Access,
@@ -110,6 +110,7 @@ def resolve_recipe(
     sizes: dict[str, Any] = {"rounds": 2, "shards": 2, "steps": 4, "held_out_rows": 5, "r": 4, "targets": "all-linear"}
     samples = options.pop("samples", [])
     merge = PLAIN_MERGE.model_copy(update=options.pop("merge", {}))
+    check = options.pop("check", {})
     sizes |= {key: options.pop(key) for key in list(options) if key in sizes}
     training = Training(
         **{
@@ -169,6 +170,7 @@ def resolve_recipe(
         round_deadline=60,
         quorum=0.5,
         merge=merge,
+        check=UNCHECKED.model_copy(update=check),
         pay=Pay(token="TRAIN", per_million_tokens=1, budget=1, deadline=3600, grace=60, activation_delay=0),
         samples=samples,
         sample_tokens=8,

@@ -45,6 +45,7 @@ def test_a_lease_says_all_that_a_worker_must_know(town: Town, anna: Person) -> N
 
     lease = anna.must_lease(job)
 
+    opened = job.round(1)
     assert lease | {"lease": ""} == {
         "lease": "",
         "kind": "train",
@@ -55,6 +56,8 @@ def test_a_lease_says_all_that_a_worker_must_know(town: Town, anna: Person) -> N
         "shard": 0,
         "start": sha256(INITIAL),
         "expires_in": LEASE_SECONDS,
+        "secret_hash": opened["secret_hash"],
+        "secret_signature": opened["secret_signature"],
     }
 
 

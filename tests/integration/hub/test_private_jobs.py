@@ -245,9 +245,10 @@ def test_what_was_accepted_is_told_as_it_was_signed(town: Town, anna: Person, be
     for row, receipt in zip(answer["contributions"], receipts, strict=True):
         assert row.keys() == {
             "lease", "round", "shard", "worker", "contribution", "signature", "losses", "seconds", "micro_tokens",
-            "delta", "reward", "receipt", "accepted", "merged_in",
+            "delta", "reward", "receipt", "accepted", "merged_in", "resolved", "forfeited", "second",
         }  # fmt: skip
-        assert {**row["receipt"], "voucher": None} == receipt
+        assert {**row["receipt"], "voucher": None, "draw": None} == receipt
+        assert (row["resolved"], row["forfeited"], row["second"]) == (0, None, None)
         assert row["contribution"]["deltaHash"] == "0x" + row["delta"]
         assert eip712.recover(domain, "Contribution", row["contribution"], row["signature"]) == row["worker"]
         assert (row["reward"], row["lease"]) == (receipt["amount"], receipt["lease"])

@@ -6,14 +6,14 @@ Admission is asked in SQL, so that a private job at the front of the queue starv
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, insert, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, func, insert, or_, select
 
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import schema
 from trainchain.core.hub.service import Hub
 from trainchain.core.hub.store import Row
 from trainchain.core.models import ResolvedRecipe
-from trainchain.core.states import Job, Round
+from trainchain.core.states import Audit, Job, Round
 
 
 def admit(db: Connection, job_id: str, owner: str, recipe: ResolvedRecipe) -> None:
@@ -35,10 +35,12 @@ def admits(wallet: str) -> ColumnElement[bool]:
 
 
 def insist(hub: Hub, db: Connection, job_id: str, wallet: str) -> None:
-    """Raises `access.denied` unless the job admits the wallet, or it is the hub's own evaluator's."""
+    """Raises `access.denied` unless the job admits the wallet, or it is its owner's or the hub's own evaluator's: these
+    two replay what others did."""
     if wallet in hub.evaluators:
         return
-    if db.execute(select(schema.jobs.c.id).where(schema.jobs.c.id == job_id, admits(wallet))).first() is None:
+    known = or_(admits(wallet), func.lower(schema.jobs.c.owner) == wallet.lower())
+    if db.execute(select(schema.jobs.c.id).where(schema.jobs.c.id == job_id, known)).first() is None:
         raise TrainChainError("access.denied", f"Job {job_id} does not admit the wallet {wallet}.")
 
 
@@ -58,8 +60,11 @@ def may_read(hub: Hub, wallet: str, digest: str) -> bool:
     hub's own evaluator) that was ever leased a part of it.
 
     Held-out data is for the owner and the hub's evaluating child alone: who trains must not see what it is judged by.
-    Nor is a delta for others than its worker before it is merged, or the job settled: it could be copied.
+    Nor is a delta for others than its worker before it is merged, or the job settled: it could be copied. Nor, not even
+    for the owner, a training state but for an audit's parties.
     """
+    if _is_state(hub, digest):
+        return _may_read_state(hub, wallet, digest)
     objects, jobs, leases = schema.objects, schema.jobs, schema.leases
     leased = select(leases.c.id).where(leases.c.job == objects.c.job, leases.c.worker == wallet).exists()
     over = jobs.c.state.in_([Job.SETTLED, Job.CLOSED])
@@ -81,6 +86,36 @@ def may_read(hub: Hub, wallet: str, digest: str) -> bool:
     return any(
         job["owner"] == wallet or wallet in hub.evaluators or not hub.recipe(job).only_held_out(digest) for job in rows
     )
+
+
+def _is_state(hub: Hub, digest: str) -> bool:
+    query = select(schema.states.c.lease).where(schema.states.c.digest == digest).limit(1)
+    with hub.store.read() as db:
+        return db.execute(query).first() is not None
+
+
+def _may_read_state(hub: Hub, wallet: str, digest: str) -> bool:
+    """A state is for who handed it in; for who replays from it, never to it; and for all who may read the job's
+    adapters where it is evidence of a rejection."""
+    states, leases, replays, audits = schema.states, schema.leases, schema.replays, schema.audits
+    here = states.c.digest == digest
+    own = select(states.c.lease).join(leases, leases.c.id == states.c.lease).where(here, leases.c.worker == wallet)
+    replayed = (
+        select(states.c.lease)
+        .join(audits, (audits.c.lease == states.c.lease) & (audits.c.segment == states.c.index))
+        .join(replays, replays.c.audit == audits.c.lease)
+        .where(here, replays.c.auditor == wallet)
+    )
+    given = select(states.c.lease).where(here, states.c.lease == audits.c.lease)
+    theirs = select(states.c.lease).join(replays, replays.c.lease == states.c.lease)
+    theirs = theirs.where(here, replays.c.audit == audits.c.lease)
+    failed = select(audits.c.job).where(audits.c.state == Audit.FAILED, or_(given.exists(), theirs.exists()))
+    jobs = schema.jobs
+    leased = select(leases.c.id).where(leases.c.job == jobs.c.id, leases.c.worker == wallet).exists()
+    reader = or_(jobs.c.owner == wallet, and_(leased, admits(wallet)))
+    evidence = select(jobs.c.id).where(jobs.c.id.in_(failed), reader)
+    with hub.store.read() as db:
+        return any(db.execute(query.limit(1)).first() is not None for query in (own, replayed, evidence))
 
 
 def _is_merged() -> ColumnElement[bool]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
@@ -16,9 +16,24 @@ from starlette.requests import ClientDisconnect
 
 from trainchain import __version__
 from trainchain.core.errors import TrainChainError
-from trainchain.core.hub import access, contributions, faucet, jobs, keys, leases, relay, sessions, views, vouchers
+from trainchain.core.hub import (
+    access,
+    audits,
+    contributions,
+    faucet,
+    jobs,
+    keys,
+    leases,
+    relay,
+    replays,
+    sessions,
+    shows,
+    views,
+    vouchers,
+)
 from trainchain.core.hub.service import Hub
-from trainchain.core.models import MAX_INT, PROTOCOL, Model, SignedContribution, parse
+from trainchain.core.messages import Answer, SignedContribution, SignedReplay
+from trainchain.core.models import MAX_INT, PROTOCOL, Model, parse
 from trainchain.core.objects import Spool
 
 log = logging.getLogger(__name__)
@@ -167,7 +182,8 @@ def create_app(hub: Hub) -> FastAPI:
 
     @app.get("/v1/hub")
     async def describe() -> dict[str, Any]:
-        return {"protocol": PROTOCOL, "version": __version__, "exchange": exchange, "chain": hub.chain.describe()}
+        told = {"protocol": PROTOCOL, "version": __version__, "exchange": exchange, "chain": hub.chain.describe()}
+        return told | {"auditors": sorted(hub.evaluators)}
 
     @app.post("/v1/session/nonce")
     async def nonce() -> dict[str, Any]:
@@ -244,9 +260,9 @@ def create_app(hub: Hub) -> FastAPI:
 
     @app.get("/v1/objects/{digest}")
     async def download(request: Request, digest: str) -> Response:
-        if not await thread(access.is_public, hub, digest) and not await thread(
-            access.may_read, hub, await wallet(request), digest
-        ):
+        public = await thread(access.is_public, hub, digest)
+        kept_back = await thread(shows.is_kept_back, hub, digest)
+        if kept_back or (not public and not await thread(access.may_read, hub, await wallet(request), digest)):
             raise TrainChainError("object.unknown", f"There is no object {digest[:64]} for you here.")
         size = await thread(hub.objects.size, digest)
         if size is None:
@@ -274,7 +290,7 @@ def create_app(hub: Hub) -> FastAPI:
     async def take(request: Request) -> Response:
         worker = await wallet(request)
         asked = await parsed(request, leases.LeaseRequest)
-        lease = await wait_for(lambda: leases.take(hub, worker, asked.job, asked.skip), asked.wait)
+        lease = await wait_for(lambda: leases.take(hub, worker, asked.job, asked.skip, asked.only), asked.wait)
         return JSONResponse(lease) if lease else Response(status_code=204)
 
     @app.post("/v1/leases/{lease_id}/beat")
@@ -305,6 +321,48 @@ def create_app(hub: Hub) -> FastAPI:
         worker = await wallet(request)
         signed = await parsed(request, SignedContribution, SIGNED_BODY)
         return await thread(contributions.contribute, hub, worker, lease_id, signed)
+
+    @app.put("/v1/leases/{lease_id}/states/{index}")
+    async def upload_state(
+        request: Request, lease_id: str, index: Annotated[int, Path(ge=0, le=MAX_INT)]
+    ) -> dict[str, Any]:
+        who = await wallet(request)
+        cap = await thread(audits.state_cap, hub, who, lease_id, index)
+        with contextlib.closing(Spool(cap)) as spool:
+            await read_into(request, spool)
+            return await thread(audits.keep_state, hub, who, lease_id, index, spool)
+
+    @app.post("/v1/leases/{lease_id}/answer")
+    async def answer(request: Request, lease_id: str) -> dict[str, Any]:
+        worker = await wallet(request)
+        return await thread(audits.answer, hub, worker, lease_id, await parsed(request, Answer))
+
+    @app.post("/v1/leases/{lease_id}/replay")
+    async def replayed(request: Request, lease_id: str) -> dict[str, Any]:
+        auditor = await wallet(request)
+        return await thread(replays.hand_in, hub, auditor, lease_id, await parsed(request, SignedReplay))
+
+    @app.get("/v1/audits")
+    async def own_audits(request: Request) -> dict[str, Any]:
+        return {"audits": await thread(shows.own, hub, await wallet(request))}
+
+    @app.get("/v1/jobs/{job_id}/audits")
+    async def audits_of(
+        request: Request,
+        job_id: str,
+        after: After = 0,
+        limit: Annotated[int, Query(ge=1, le=shows.MAX_AUDITS)] = shows.MAX_AUDITS,
+    ) -> dict[str, Any]:
+        if await thread(access.is_private, hub, job_id):
+            await thread(access.insist_reader, hub, job_id, await wallet(request))
+        return await thread(shows.audits_of, hub, job_id, after, limit)
+
+    @app.get("/v1/jobs/{job_id}/evidence/{lease_id}")
+    async def evidence(request: Request, job_id: str, lease_id: str) -> Response:
+        if await thread(access.is_private, hub, job_id):
+            await thread(access.insist_reader, hub, job_id, await wallet(request))
+        who = await asker(request)
+        return Response(await thread(shows.evidence, hub, job_id, lease_id, who), media_type="application/json")
 
     @app.post("/v1/leases/{lease_id}/evaluation")
     async def evaluation(request: Request, lease_id: str) -> dict[str, Any]:

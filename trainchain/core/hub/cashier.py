@@ -6,18 +6,17 @@ A settlement is written down before it is sent, and sent again as it is after a 
 once. The chain is asked outside any transaction.
 """
 
-from sqlalchemy import delete, func, insert, or_, select, update
+from sqlalchemy import Connection, delete, func, insert, or_, select, update
 
 from trainchain.core.errors import TrainChainError
-from trainchain.core.hub import jobs, keys, schema, vouchers
+from trainchain.core.hub import earnings, jobs, keys, schema, vouchers
 from trainchain.core.hub.contributions import drop_unnamed, publish_rest
+from trainchain.core.hub.earnings import COUNTED
 from trainchain.core.hub.service import EscrowJob, Hub, attempt, log
 from trainchain.core.hub.store import Row, move, one, record
-from trainchain.core.rewards import Earned, Terms, added, totals
+from trainchain.core.rewards import Earned, Key, Terms, added, totals
 from trainchain.core.states import ENDED, Job, Round
 
-_COUNTED = func.coalesce(schema.contributions.c.merged_in, schema.contributions.c.round)
-"""The round whose settlement pays a contribution."""
 _MOST = 2**128 - 1
 LOOK_SECONDS = 60.0
 """Between two looks at the escrow of a job that nothing is due for."""
@@ -46,17 +45,15 @@ def tick(hub: Hub) -> bool:
     return moved
 
 
-def earned(hub: Hub, job_id: str) -> tuple[list[Earned], set[tuple[int, int]]]:
-    """All that was accepted in a job, and the rounds and shards of what a settlement pays, sent or about to be."""
-    table = schema.contributions
-    columns = (table.c.round, table.c.shard, table.c.worker, table.c.place, table.c.reward, _COUNTED)
-    rows, settled = [], set()
+def earned(hub: Hub, job_id: str) -> tuple[list[Earned], set[Key]]:
+    """All that was accepted in a job, and the keys of what a settlement pays, sent or about to be."""
     with hub.store.read() as db:
-        for *fields, number in db.execute(select(*columns, table.c.settled_in).where(table.c.job == job_id)):
-            rows.append(Earned(*fields))
-            if number is not None:
-                settled.add((rows[-1].round, rows[-1].shard))
-    return rows, settled
+        return _earned(db, job_id)
+
+
+def _earned(db: Connection, job_id: str) -> tuple[list[Earned], set[Key]]:
+    rows = earnings.earned(db, job_id)
+    return list(rows), {row.key for row, number in rows.items() if number is not None}
 
 
 def _settle(hub: Hub, job: Row) -> bool:
@@ -73,8 +70,13 @@ def _settle(hub: Hub, job: Row) -> bool:
     terms = Terms(_number(hub, job, ended=ended), ended, _MOST)
     if terms.number <= job["settled_round"]:
         return False
-    rows, settled = earned(hub, job["id"])
+    with hub.store.read() as db:
+        mark = (terms.number, *earnings.mark(db, job["id"]))
+        if not ended and hub.idle.get(job["id"]) == mark:
+            return False
+        rows, settled = _earned(db, job["id"])
     if not added(rows, settled, terms):
+        hub.idle[job["id"]] = mark
         return ended and _finish(hub, job)
     escrow = hub.chain.job(job["id"])
     if escrow is None:
@@ -93,8 +95,9 @@ def _settle(hub: Hub, job: Row) -> bool:
         # A voucher that was redeemed is reserved twice until its leaf is counted: what is left can be too little.
         log.warning("job %s: %d units are free in its escrow, too few to settle; vouchers pay", job["id"], escrow.free)
         return False
-    paid = [row for row in rows if (row.round, row.shard) in settled]
-    return _send(hub, job, _write(hub, job, terms, totals([*paid, *more]), more))
+    paid = [row for row in rows if row.key in settled]
+    written = _write(hub, job, terms, paid, more)
+    return written is None or _send(hub, job, written)
 
 
 def _number(hub: Hub, job: Row, *, ended: bool) -> int:
@@ -103,18 +106,25 @@ def _number(hub: Hub, job: Row, *, ended: bool) -> int:
     settlement is numbered one on, as many as the escrow's cap needs."""
     rounds, contributions = schema.rounds, schema.contributions
     merged = select(func.max(rounds.c.round)).where(rounds.c.job == job["id"], rounds.c.state == Round.MERGED)
-    counted = select(func.max(_COUNTED)).where(contributions.c.job == job["id"])
+    counted = select(func.max(COUNTED)).where(contributions.c.job == job["id"])
     with hub.store.read() as db:
         if ended:
             return int(max(job["settled_round"] + 1, job["round"], db.execute(counted).scalar() or 0))
         return min(db.execute(merged).scalar() or 0, hub.recipe(job).rounds - 1)
 
 
-def _write(hub: Hub, job: Row, terms: Terms, owed: dict[str, int], more: list[Earned]) -> Row:
-    made = hub.chain.settlement(job["id"], terms, owed)
+def _write(hub: Hub, job: Row, terms: Terms, paid: list[Earned], more: list[Earned]) -> Row | None:
+    """Write down a settlement that adds `more` to what is `paid`; None, and nothing written, where by now it would be
+    another one: a verdict can come in while the chain is asked, and it counts from the next settlement written on."""
+    made = hub.chain.settlement(job["id"], terms, totals([*paid, *more]))
     leaves = hub.objects.put(made.leaves)
-    table, paid, key = schema.settlements, schema.contributions, {"job": job["id"], "round": terms.number}
+    table, key = schema.settlements, {"job": job["id"], "round": terms.number}
     with hub.store.write() as db:
+        rows, settled = _earned(db, job["id"])
+        if settled != {row.key for row in paid} or added(rows, settled, terms) != more:
+            return None
+        if terms.ended and not vouchers.is_over(db, job["id"]):
+            return None
         db.execute(
             insert(table).values(
                 **key,
@@ -127,9 +137,7 @@ def _write(hub: Hub, job: Row, terms: Terms, owed: dict[str, int], more: list[Ea
                 at=hub.clock(),
             )
         )
-        for row in more:
-            here = (paid.c.job == job["id"]) & (paid.c.round == row.round) & (paid.c.shard == row.shard)
-            db.execute(update(paid).where(here).values(settled_in=terms.number))
+        earnings.settle(db, job["id"], more, terms.number)
         if one(db, schema.objects, digest=leaves, job=job["id"]) is None:
             size = len(made.leaves)
             db.execute(
@@ -164,10 +172,10 @@ def _send(hub: Hub, job: Row, written: Row) -> bool:
 
 def _unwrite(hub: Hub, job: Row, number: int) -> None:
     """Forget a settlement that cannot be sent, and with it those after it, whose amounts hold its own."""
-    table, paid = schema.settlements, schema.contributions
+    table = schema.settlements
     with hub.store.write() as db:
         db.execute(delete(table).where(table.c.job == job["id"], table.c.round >= number))
-        db.execute(update(paid).where(paid.c.job == job["id"], paid.c.settled_in >= number).values(settled_in=None))
+        earnings.unsettle(db, job["id"], number)
         before = select(func.max(table.c.round)).where(table.c.job == job["id"])
         last = db.execute(before).scalar() or 0
         db.execute(update(schema.jobs).where(schema.jobs.c.id == job["id"]).values(settled_round=last))

@@ -11,11 +11,12 @@ from sqlalchemy import ColumnElement, Connection, Select, delete, insert, select
 
 from trainchain.core import checks
 from trainchain.core.errors import TrainChainError
-from trainchain.core.hub import schema, vouchers
+from trainchain.core.hub import draws, schema, vouchers
 from trainchain.core.hub.leases import insist_in_time, mine
 from trainchain.core.hub.service import Hub
 from trainchain.core.hub.store import Row, move, one
-from trainchain.core.models import MAX_ANSWER, Model, SignedContribution
+from trainchain.core.messages import SignedContribution
+from trainchain.core.models import MAX_ANSWER, Model
 from trainchain.core.objects import Spool
 from trainchain.core.rewards import shard_reward
 from trainchain.core.states import ENDED, UNDONE, Evaluation, Lease, Round, Shard
@@ -33,7 +34,7 @@ def delta_cap(hub: Hub, worker: str, lease_id: str) -> int:
     """The most bytes the delta of this lease may have."""
     lease = mine(hub, worker, lease_id)
     if lease["kind"] != "train":
-        raise TrainChainError("object.unexpected", "This lease asks for a figure, not for a file.")
+        raise TrainChainError("object.unexpected", "This lease does not ask for a delta.")
     _still_wanted(hub, lease)
     job = hub.job(lease["job"])
     return checks.delta_cap(hub.recipe(job), hub.shapes(job))
@@ -70,7 +71,7 @@ def contribute(hub: Hub, worker: str, lease_id: str, signed: SignedContribution)
     given = signed.contribution
     message = given.model_dump()
     if lease["kind"] != "train":
-        raise TrainChainError("object.unexpected", "This lease asks for a figure, not for a contribution.")
+        raise TrainChainError("object.unexpected", "This lease does not ask for a contribution.")
     if given.worker.lower() != worker.lower():
         raise TrainChainError("contribution.wrong_worker", f"The contribution names the worker {given.worker}.")
     if hub.chain.recover("Contribution", message, signed.signature).lower() != worker.lower():
@@ -84,7 +85,7 @@ def contribute(hub: Hub, worker: str, lease_id: str, signed: SignedContribution)
             "contribution.wrong_round", f"The lease is of round {lease['round']}, shard {lease['shard']}."
         )
     delta = given.deltaHash.removeprefix("0x")
-    _not_seen(hub, lease, delta)
+    _not_seen(hub, lease, delta, signed)
     round_ = _still_wanted(hub, lease)
     if given.startHash.removeprefix("0x") != round_["start"]:
         raise TrainChainError("contribution.wrong_start", f"Round {round_['round']} starts from {round_['start']}.")
@@ -95,6 +96,11 @@ def contribute(hub: Hub, worker: str, lease_id: str, signed: SignedContribution)
     if len(signed.micro_tokens) != segments:
         raise TrainChainError(
             "contribution.segments", f"micro_tokens has {len(signed.micro_tokens)} entries for {segments} segments."
+        )
+    whole = recipe.training.batch_size * recipe.training.sequence_len
+    if max(signed.micro_tokens) > whole:
+        raise TrainChainError(
+            "contribution.segments", f"micro_tokens has {max(signed.micro_tokens)}, and a whole batch has {whole}."
         )
     size = hub.objects.size(delta)
     if size is None:
@@ -119,7 +125,8 @@ def contribute(hub: Hub, worker: str, lease_id: str, signed: SignedContribution)
 
 
 def _accept(hub: Hub, lease: Row, delta: str, signed: SignedContribution, fields: dict[str, Any]) -> dict[str, Any]:
-    """Accept it, at the next place of its worker's; returns the receipt with the worker's newest voucher."""
+    """Accept it, at the next place of its worker's, and draw whether it is audited; returns the receipt with the
+    worker's newest voucher and the draw."""
     now = hub.clock()
     with hub.store.write() as db:
         shard = one(db, schema.shards, job=lease["job"], round=lease["round"], shard=lease["shard"])
@@ -149,6 +156,7 @@ def _accept(hub: Hub, lease: Row, delta: str, signed: SignedContribution, fields
         move(db, schema.shards, contributed, Shard.ACCEPTED, now=now, data=data)
         move(db, schema.leases, current, Lease.DONE, now=now)
         receipt = _receipt(hub, {**fields, "place": place})
+        audit = draws.drawn(hub, db, current, round_, signed.contribution, place)
         db.execute(
             insert(schema.contributions).values(
                 lease=lease["id"],
@@ -163,9 +171,13 @@ def _accept(hub: Hub, lease: Row, delta: str, signed: SignedContribution, fields
                 receipt=receipt,
                 accepted=now,
                 merged_in=merged_in,
+                resolved=0 if audit is None else None,
             )
         )
-        return {**receipt, "voucher": vouchers.vest(hub, db, lease["job"], lease["worker"], place)}
+        if audit is not None:
+            draws.write_down(db, audit)
+        voucher = vouchers.vest(hub, db, lease["job"], lease["worker"])
+        return {**receipt, "voucher": voucher, "draw": draws.told(db, lease["id"])}
 
 
 def _receipt(hub: Hub, fields: dict[str, Any]) -> dict[str, Any]:
@@ -245,22 +257,35 @@ def _forget(db: Connection, rows: Sequence[Row]) -> None:
         )
 
 
-def _not_seen(hub: Hub, lease: Row, delta: str) -> None:
-    """A repeat is answered with the receipt it had, so that a worker whose answer was lost still gets it."""
+def _not_seen(hub: Hub, lease: Row, delta: str, signed: SignedContribution) -> None:
+    """A repeat is answered with the receipt and the draw it had, so that a worker whose answer was lost still gets
+    them. The first that was accepted of a lease counts for ever; another story that its worker signs is kept."""
     with hub.store.read() as db:
         mine_ = one(db, schema.contributions, lease=lease["id"])
         copy = one(db, schema.contributions, job=lease["job"], delta=delta)
         taken = one(db, schema.contributions, job=lease["job"], round=lease["round"], shard=lease["shard"])
-        voucher = vouchers.newest(hub, db, lease["job"], lease["worker"])
-    if mine_ is not None and mine_["delta"] == delta:
-        receipt = {**mine_["receipt"], "voucher": voucher}
-        raise TrainChainError("contribution.repeat", "This contribution was accepted before.", receipt=receipt)
+        voucher, draw = vouchers.newest(hub, db, lease["job"], lease["worker"]), draws.told(db, lease["id"])
+    if mine_ is not None:
+        first = mine_["signed"]["contribution"]
+        if (first["deltaHash"], first["stateRoot"]) == (signed.contribution.deltaHash, signed.contribution.stateRoot):
+            receipt = {**mine_["receipt"], "voucher": voucher, "draw": draw}
+            raise TrainChainError("contribution.repeat", "This contribution was accepted before.", receipt=receipt)
+        _keep_second(hub, lease["id"], signed)
     if taken is not None:
         raise TrainChainError(
             "shard.already_accepted", f"A contribution for shard {lease['shard']} is already accepted."
         )
     if copy is not None:
         raise TrainChainError("contribution.repeat", "The same bytes were already accepted for another shard.")
+
+
+def _keep_second(hub: Hub, lease_id: str, signed: SignedContribution) -> None:
+    table, told = (
+        schema.contributions,
+        {"contribution": signed.contribution.model_dump(), "signature": signed.signature},
+    )
+    with hub.store.write() as db:
+        db.execute(update(table).where(table.c.lease == lease_id, table.c.second.is_(None)).values(second=told))
 
 
 def _still_wanted(hub: Hub, lease: Row) -> Row:

@@ -15,7 +15,7 @@ from trainchain.core.models import Digest, Hash32, Model, ResolvedRecipe
 from trainchain.core.money import show
 from trainchain.core.objects import Spool
 from trainchain.core.recipe import MAX_STEPS
-from trainchain.core.rewards import job_price, round_cap, round_price, shard_reward
+from trainchain.core.rewards import audit_price, job_price, round_cap, round_price, shard_reward
 from trainchain.core.states import UNDONE, Job
 
 MAX_FILES = 1000
@@ -113,7 +113,7 @@ def _check(recipe: ResolvedRecipe) -> None:
     if (price := job_price(recipe)) > recipe.pay.budget:
         raise TrainChainError(
             "money.budget_too_small",
-            f"The work costs up to {show(price)} TRAIN; the budget is {show(recipe.pay.budget)}.",
+            f"The work and its audits cost up to {show(price)} TRAIN; the budget is {show(recipe.pay.budget)}.",
             hint="Raise `pay.budget`, lower `pay.per_million_tokens`, or train less.",
         )
 
@@ -273,16 +273,23 @@ def _insist_owner(hub: Hub, wallet: str, job_id: str) -> None:
 
 
 def owed(hub: Hub, job_id: str, *, expected: bool = False) -> int:
-    """Token units that accepted contributions have earned so far; with those `expected` of what is still out."""
-    shards = schema.shards
-    earned = select(schema.contributions.c.reward).where(schema.contributions.c.job == job_id)
+    """Token units that shards and replays have earned so far, but for what is forfeited; with those `expected` of what
+    is still out, and of the audits of every round that was opened."""
+    shards, rounds, work, replays = schema.shards, schema.rounds, schema.contributions, schema.replays
+    earned = select(work.c.reward).where(work.c.job == job_id, work.c.forfeited.is_(None))
+    fees = select(replays.c.fee).where(
+        replays.c.job == job_id, replays.c.place.is_not(None), replays.c.forfeited.is_(None)
+    )
     out = select(shards.c.round, shards.c.shard).where(shards.c.job == job_id, shards.c.state.in_(UNDONE))
     with hub.store.read() as db:  # one snapshot: what comes in meanwhile is counted once
         total: int = sum(db.execute(earned).scalars())
+        audits: int = sum(db.execute(fees).scalars())
         if expected:
-            job = db.execute(select(schema.jobs).where(schema.jobs.c.id == job_id)).mappings().one()
-            total += sum(shard_reward(hub.recipe(job), round_, shard) for round_, shard in db.execute(out))
-        return total
+            recipe = hub.recipe(db.execute(select(schema.jobs).where(schema.jobs.c.id == job_id)).mappings().one())
+            opened = db.execute(select(rounds.c.round).where(rounds.c.job == job_id)).scalars()
+            audits = max(audits, sum(audit_price(recipe, number) for number in opened))
+            total += sum(shard_reward(recipe, round_, shard) for round_, shard in db.execute(out))
+        return total + audits
 
 
 def find(hub: Hub, name: str) -> str:

@@ -5,7 +5,7 @@ each one is measured that leaves out one more, and the best of those goes on if 
 the table of evaluations, the candidates are objects: a hub that was killed goes on where it was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, delete, insert, select, update
@@ -23,6 +23,7 @@ PATIENCE = 120.0
 MOST_TRIED = 16
 MOST_LEFT_OUT = 4
 WHY = "leave-one-out"
+REJECTED = "rejected"
 
 
 class Candidate(NamedTuple):
@@ -37,6 +38,8 @@ class Candidate(NamedTuple):
     seconds: float
     shares: dict[str, dict[str, Any]]
     """What became of each contribution in the merge, by its digest."""
+    rejected: tuple[str, ...] = ()
+    """Those that an audit had rejected when it was made: as if they had never come."""
 
     @property
     def used(self) -> list[str]:
@@ -106,10 +109,12 @@ def look(hub: Hub, recipe: ResolvedRecipe, round_: Row) -> Verdict:
     waiting = states != {Evaluation.DONE}
     patient = Evaluation.LEASED in states or now - max((row["at"] for row in every), default=now) <= PATIENCE
     limit = base["loss"] * (1 + share) if base is not None and base["loss"] is not None else None
-    found = [
-        Found(Candidate(**{**row["merge"], "left_out": tuple(row["merge"]["left_out"])}), row["loss"]) for row in rows
-    ]
+    found = [Found(_candidate(row["merge"]), row["loss"]) for row in rows]
     return judge(found, limit, waiting=waiting, patient=patient)
+
+
+def _candidate(kept: Mapping[str, Any]) -> Candidate:
+    return Candidate(**{**kept, **{name: tuple(kept[name]) for name in ("left_out", "rejected")}})
 
 
 def _rows(hub: Hub, round_: Row) -> list[Row]:
@@ -145,8 +150,9 @@ def settle(db: Connection, round_: Row, chosen: Candidate) -> list[str]:
     db.execute(delete(table).where(_of(round_), table.c.adapter.in_(others), table.c.state != Evaluation.DONE))
     others -= set(db.execute(select(rounds.c.start).where(rounds.c.job == round_["job"])).scalars())
     db.execute(delete(objects).where(objects.c.job == round_["job"], objects.c.digest.in_(others)))
-    left_out = {"weight": 0.0, "scale": 1.0, "why": WHY}
-    for digest, share in {**chosen.shares, **dict.fromkeys(chosen.left_out, left_out)}.items():
+    left_out, rejected = ({"weight": 0.0, "scale": 1.0, "why": why} for why in (WHY, REJECTED))
+    gone = {**dict.fromkeys(chosen.left_out, left_out), **dict.fromkeys(chosen.rejected, rejected)}
+    for digest, share in {**chosen.shares, **gone}.items():
         given = (schema.contributions.c.job == round_["job"], schema.contributions.c.delta == digest)
         db.execute(update(schema.contributions).where(*given).values(merge=share))
     return sorted(others)

@@ -64,12 +64,16 @@ def relay(hub: Hub, asked: Claims) -> dict[str, Any]:
 def _earned(hub: Hub, claims: Sequence[Claim]) -> set[tuple[str, str]]:
     """Of which jobs and accounts this hub ever accepted work. Anybody may publish a job, and settle leaves without end
     in an escrow of their own: it is not for this hub to pay their gas."""
-    table = schema.contributions
-    query = select(table.c.job, table.c.worker).distinct()
-    query = query.where(table.c.job.in_({claim.job for claim in claims}))
-    query = query.where(func.lower(table.c.worker).in_({claim.account.lower() for claim in claims}))
+    named, accounts = {claim.job for claim in claims}, {claim.account.lower() for claim in claims}
+    found = set()
     with hub.store.read() as db:
-        return {(job, worker.lower()) for job, worker in db.execute(query)}
+        for table, who in ((schema.contributions, "worker"), (schema.replays, "auditor")):
+            query = (
+                select(table.c.job, table.c[who]).distinct().where(table.c.job.in_(named), table.c.place.is_not(None))
+            )
+            rows = db.execute(query.where(func.lower(table.c[who]).in_(accounts)))
+            found |= {(job, wallet.lower()) for job, wallet in rows}
+    return found
 
 
 def _insist_waited(hub: Hub, claims: Sequence[Claim], *, mark: bool = False) -> None:

@@ -6,11 +6,14 @@ Work is loaded, done outside any transaction, and applied only if the row is sti
 import time
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
 from sqlalchemy import Connection, insert, select, update
 
-from trainchain.core.adapter import Adapter, adapter_bytes, read_adapter
+from trainchain.core.adapter import Adapter, adapter_bytes, read_adapter, tensor_specs
 from trainchain.core.checks import read_delta
-from trainchain.core.hub import jobs, judging, schema
+from trainchain.core.draws import SECRET_BYTES, secret_hash
+from trainchain.core.encodings import decode
+from trainchain.core.hub import audits, jobs, judging, schema
 from trainchain.core.hub.contributions import drop_unnamed, merged_in, publish_round
 from trainchain.core.hub.judging import Candidate
 from trainchain.core.hub.leases import sweep
@@ -21,7 +24,8 @@ from trainchain.core.merge.robust import COPY, Share
 from trainchain.core.merge.updates import Merged, Update, judge, merge, outer_step
 from trainchain.core.models import ResolvedRecipe
 from trainchain.core.rewards import round_price
-from trainchain.core.states import UNDONE, Evaluation, Job, Round, Shard
+from trainchain.core.segments import Moments
+from trainchain.core.states import PENDING, UNDONE, Audit, Evaluation, Job, Round, Shard
 
 LIVE = (Job.OPEN, Job.RUNNING)
 LATE_WEIGHT = 0.5
@@ -39,6 +43,7 @@ def tick(hub: Hub) -> bool:
     moved = False
     with hub.store.write() as db:
         moved = sweep(db, hub.clock()) > 0
+    moved = audits.tick(hub) or moved
     for job in live_jobs(hub):
         moved = attempt(advance, hub, job) or moved
     if moved:
@@ -76,6 +81,7 @@ def _open_round(hub: Hub, job: Row, recipe: ResolvedRecipe, start: str) -> bool:
     if escrow is None or escrow.halted or escrow.deadline <= now:
         with hub.store.write() as db:
             return move(db, schema.jobs, job, Job.EXPIRED, now=now, data={"why": "the escrow takes no more work"})
+    secret = _secret(hub, job["id"], number)
     covered = escrow.funded - jobs.owed(hub, job["id"], expected=True) >= round_price(recipe, number)
     with hub.store.write() as db:
         if not covered:
@@ -98,6 +104,7 @@ def _open_round(hub: Hub, job: Row, recipe: ResolvedRecipe, start: str) -> bool:
                 round=number,
                 state=str(Round.OPEN),
                 start=start,
+                **secret,
                 opened=now,
                 deadline=now + recipe.round_deadline,
             )
@@ -116,6 +123,18 @@ def _open_round(hub: Hub, job: Row, recipe: ResolvedRecipe, start: str) -> bool:
             ],
         )
     return True
+
+
+def _secret(hub: Hub, job_id: str, round_: int) -> dict[str, str]:
+    """What draws a round's audits, and the hub's word for it (core/draws.py)."""
+    secret = bytes.fromhex(hub.random_hex(SECRET_BYTES))
+    hashed = secret_hash(secret)
+    message = {"jobId": job_id, "round": round_, "secretHash": hashed}
+    return {
+        "secret": "0x" + secret.hex(),
+        "secret_hash": hashed,
+        "secret_signature": hub.chain.sign("RoundSecret", message),
+    }
 
 
 def _ask_for_measures(
@@ -150,11 +169,13 @@ def _close(hub: Hub, recipe: ResolvedRecipe, round_: Row, now: float) -> bool:
 
 
 def merge_round(hub: Hub, job: Row, round_: Row, left_out: Collection[str] = ()) -> Merged:
-    """The merged adapter of a round, from the contributions that it takes in, but those `left_out`: a pure function of
-    objects that everybody may read once the round is merged. Of a private job only the owner and its workers may, so
-    nobody else can recompute its merges."""
+    """The merged adapter of a round, from the contributions that it takes in, but those `left_out`; where none is left
+    the adapter stays where it is. A pure function of objects that everybody may read once the round is merged. Of a
+    private job only the owner and its workers may, so nobody else can recompute its merges."""
     recipe, training = hub.recipe(job), hub.recipe(job).training
     rows = merged_in(hub, job["id"], round_["round"])
+    if all(row["delta"] in left_out for row in rows):
+        return _unmoved(hub, recipe, round_)
     judged = _judged_before(hub, job, recipe, round_, rows)
     updates = [
         _update(hub, job, recipe, row)._replace(share=judged.get(row["delta"]))
@@ -165,6 +186,20 @@ def merge_round(hub: Hub, job: Row, round_: Row, left_out: Collection[str] = ())
     steps = round_["round"] * recipe.steps
     adam = Adam(training.adam_beta1, training.adam_beta2, steps, training.max_grad_norm)
     return merge(recipe.merge, read_adapter(hub.objects.get(round_["start"])), updates, before=before, adam=adam)
+
+
+def _unmoved(hub: Hub, recipe: ResolvedRecipe, round_: Row) -> Merged:
+    """What becomes of a round all of whose work was rejected: nothing, and the next goes on from where it began."""
+    start, moments = read_adapter(hub.objects.get(round_["start"])), None
+    if recipe.merge.hands_on:
+        with hub.store.read() as db:
+            last = one(db, schema.rounds, job=round_["job"], round=round_["round"] - 1)
+        if last is None:
+            moments = Moments(*([{name: np.zeros_like(tensor) for name, tensor in start.items()}] * 2))
+        else:
+            step, encoding = hub.objects.get(last["outer_step"]), recipe.merge.encoding
+            moments = decode(step, encoding, tensor_specs(start), moments=True).moments
+    return Merged(start, moments, {}, {})
 
 
 def _judged_before(hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row, rows: Sequence[Row]) -> dict[str, Share]:
@@ -204,6 +239,8 @@ def _start_before(hub: Hub, round_: Row) -> Adapter | None:
 
 def _merge(hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row) -> bool:
     """Merge a round; where the recipe wants it judged, have candidates measured until one is chosen."""
+    if _waits_for_verdicts(hub, recipe, round_):
+        return False
     if recipe.merge.leave_one_out is None:
         return _merged(hub, job, recipe, round_, _candidate(hub, job, round_), {})
     verdict = judging.look(hub, recipe, round_)
@@ -213,16 +250,38 @@ def _merge(hub: Hub, job: Row, recipe: ResolvedRecipe, round_: Row) -> bool:
         return _merged(hub, job, recipe, round_, candidate, data)
     wanted = verdict.wanted
     if len(wanted) > judging.MOST_TRIED:
-        updates = [_update(hub, job, recipe, row) for row in merged_in(hub, job["id"], round_["round"])]
+        rejected = _rejected(hub, round_)
+        rows = [row for row in merged_in(hub, job["id"], round_["round"]) if row["delta"] not in rejected]
+        updates = [_update(hub, job, recipe, row) for row in rows]
         wanted = judging.oddest(read_adapter(hub.objects.get(round_["start"])), updates, wanted)
     made = [_candidate(hub, job, round_, left_out) for left_out in wanted]
     return bool(made) and judging.ask(hub, round_, made)
 
 
+def _waits_for_verdicts(hub: Hub, recipe: ResolvedRecipe, round_: Row) -> bool:
+    """Whether a round that has closed waits for a verdict on something that it takes in, as long as its recipe says."""
+    if hub.clock() >= round_["closed"] + recipe.check.before_merge:
+        return False
+    audits, given = schema.audits, schema.contributions
+    pending = select(audits.c.lease).join(given, given.c.lease == audits.c.lease)
+    pending = pending.where(audits.c.job == round_["job"], audits.c.state.in_(PENDING))
+    with hub.store.read() as db:
+        return db.execute(pending.where(given.c.merged_in == round_["round"]).limit(1)).first() is not None
+
+
+def _rejected(hub: Hub, round_: Row) -> tuple[str, ...]:
+    """The contributions among those that a round takes in that an audit has rejected, by their digests."""
+    audits, given = schema.audits, schema.contributions
+    failed = select(given.c.delta).join(audits, given.c.lease == audits.c.lease)
+    failed = failed.where(given.c.job == round_["job"], given.c.merged_in == round_["round"])
+    with hub.store.read() as db:
+        return tuple(sorted(db.execute(failed.where(audits.c.state == Audit.FAILED)).scalars()))
+
+
 def _candidate(hub: Hub, job: Row, round_: Row, left_out: tuple[str, ...] = ()) -> Candidate:
-    """What the round is merged to without some contributions; its bytes are kept."""
-    began = time.perf_counter()
-    merged = merge_round(hub, job, round_, left_out)
+    """What the round is merged to without some contributions, and those that were rejected; its bytes are kept."""
+    began, rejected = time.perf_counter(), _rejected(hub, round_)
+    merged = merge_round(hub, job, round_, {*left_out, *rejected})
     step = outer_step(hub.recipe(job).merge, read_adapter(hub.objects.get(round_["start"])), merged)
     data = adapter_bytes(step.adapter)
     adapter, outer = hub.objects.put(data), hub.objects.put(step.data)
@@ -234,6 +293,7 @@ def _candidate(hub: Hub, job: Row, round_: Row, left_out: tuple[str, ...] = ()) 
         error=max(merged.truncation.values(), default=0.0),
         seconds=time.perf_counter() - began,
         shares={digest: share._asdict() for digest, share in merged.shares.items()},
+        rejected=rejected,
     )
 
 

@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator
 
-VERSION = 6
+VERSION = 7
 metadata = MetaData()
 
 
@@ -90,6 +90,10 @@ rounds = Table(
     Column("start", String(64), nullable=False),
     Column("adapter", String(64)),
     Column("outer_step", String(64)),
+    # What draws the round's audits: told to nobody before no draw can use it any more (core/draws.py).
+    Column("secret", ID, nullable=False),
+    Column("secret_hash", ID, nullable=False),
+    Column("secret_signature", String(132), nullable=False),
     Column("opened", Float, nullable=False),
     Column("deadline", Float, nullable=False),
     Column("closed", Float),
@@ -157,6 +161,12 @@ contributions = Table(
     # The round whose merge takes it in: its own or, where it came late, the next; none where its own was the last.
     Column("merged_in", Integer),
     Column("merge", JSON),
+    # The first settlement that may know that it stands: 0 where no audit was drawn, none while a verdict is due.
+    Column("resolved", Integer, default=0),
+    # The first settlement that may know that it is forfeited.
+    Column("forfeited", Integer),
+    # Another one that its worker signed for the same lease: proof of a second story.
+    Column("second", JSON),
     # The number of the settlement that first pays it.
     Column("settled_in", Integer),
     UniqueConstraint("job", "round", "shard", name="one_contribution_a_shard"),
@@ -182,6 +192,74 @@ evaluations = Table(
     Column("merge", JSON),
 )
 
+# One a contribution that a draw fell on; `lease` is the contribution's.
+audits = Table(
+    "audits",
+    metadata,
+    Column("lease", ID, primary_key=True),
+    Column("job", ID, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("shard", Integer, nullable=False),
+    Column("worker", ID, nullable=False),
+    Column("segment", Integer, nullable=False),
+    Column("at_risk", Integer, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("version", Integer, nullable=False, default=0),
+    Column("drawn", Float, nullable=False),
+    # Indices of the states that the worker still owes, and until when.
+    Column("wants", JSON, nullable=False),
+    Column("answer_by", Float, nullable=False),
+    # What it opened (messages.Answer), and when all it owed was there.
+    Column("answer", JSON),
+    Column("answered", Float),
+    # The verdict's reason code, its evidence document's digest, and when.
+    Column("code", String(40)),
+    Column("evidence", String(64)),
+    Column("decided", Float),
+    ForeignKeyConstraint(["lease"], ["contributions.lease"]),
+    UniqueConstraint("job", "round", "shard", name="one_audit_a_shard"),
+    Index("audits_by_state", "state", "job"),
+)
+
+# One an auditor's lease on an audit; it is signed once `end_leaf` is there.
+replays = Table(
+    "replays",
+    metadata,
+    Column("lease", ID, primary_key=True),
+    Column("audit", ID, nullable=False),
+    Column("job", ID, nullable=False),
+    Column("auditor", ID, nullable=False),
+    # Why it may: verdicts.Role.
+    Column("role", String(12), nullable=False),
+    # Whether the answer was known when it was handed out: it pays the same, and decides nothing about the audit.
+    Column("ringer", Boolean, nullable=False),
+    Column("signed", JSON),
+    Column("end_leaf", ID),
+    # Distances from the claim, where it is not equal (core/replays.py).
+    Column("distances", JSON),
+    Column("fee", Units, nullable=False),
+    # As a contribution's: its place among its auditor's in this job, and the settlements that count with it.
+    Column("place", Integer),
+    Column("counted", Integer),
+    Column("forfeited", Integer),
+    Column("settled_in", Integer),
+    Column("done", Float),
+    ForeignKeyConstraint(["audit"], ["audits.lease"]),
+    UniqueConstraint("audit", "auditor", name="one_replay_an_auditor"),
+    Index("replays_by_job", "job", "auditor"),
+)
+
+# Training states that were handed in, by the lease (a contribution's or a replay's) and the state's index.
+states = Table(
+    "states",
+    metadata,
+    Column("lease", ID, primary_key=True),
+    Column("index", Integer, primary_key=True),
+    Column("job", ID, nullable=False),
+    Column("digest", String(64), nullable=False),
+    ForeignKeyConstraint(["lease"], ["leases.id"]),
+)
+
 settlements = Table(
     "settlements",
     metadata,
@@ -205,6 +283,9 @@ vouchers = Table(
     Column("job", ID, primary_key=True),
     Column("account", ID, primary_key=True),
     Column("cumulative", Units, nullable=False),
+    # The last places that it counts: all of its account's before them that are not forfeited have vested.
+    Column("shards", Integer, nullable=False, default=0),
+    Column("fees", Integer, nullable=False, default=0),
     Column("signature", String(132), nullable=False),
     Column("at", Float, nullable=False),
     ForeignKeyConstraint(["job"], ["jobs.id"]),

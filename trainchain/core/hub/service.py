@@ -4,7 +4,8 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -15,11 +16,16 @@ from trainchain.core.models import ResolvedRecipe
 from trainchain.core.objects import ObjectStore
 from trainchain.core.rewards import Terms
 from trainchain.core.seal import ExchangeKey
+from trainchain.core.segments import StateDigests
 
 log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 20.0
 """How long a lease lives without a beat; what a killed worker costs the round."""
+
+
+JUDGES = 2
+"""Audits that are judged at once: each reads states of many megabytes."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +146,33 @@ class Hub:
     """How many are being sent."""
     looked: dict[str, float] = field(default_factory=dict)
     """When the escrow of a running job was last looked at."""
+    idle: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """What of a running job there was nothing to settle of (core/hub/earnings.py, `mark`)."""
     bell: Bell = field(default_factory=Bell)
+    state_digests: dict[str, StateDigests] = field(default_factory=dict)
+    """Of the last states that were uploaded, by their objects: whoever opens a leaf wrongly costs no reading."""
+    _judges: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(JUDGES))
+    _judged: set[str] = field(default_factory=set)
+    _judged_lock: threading.Lock = field(default_factory=threading.Lock)
     _recipes: dict[str, ResolvedRecipe] = field(default_factory=dict)
     _shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+
+    @contextmanager
+    def judging(self, lease_id: str) -> Iterator[None]:
+        """What is sent under a lease is judged once at a time, and a few at once in all. Raises `hub.failed` for who
+        sends the same before it was answered."""
+        with self._judged_lock:
+            if lease_id in self._judged:
+                raise TrainChainError(
+                    "hub.failed", f"What was sent under the lease {lease_id} is being judged.", hint="Try again."
+                )
+            self._judged.add(lease_id)
+        try:
+            with self._judges:
+                yield
+        finally:
+            with self._judged_lock:
+                self._judged.discard(lease_id)
 
     def introduction(self) -> dict[str, str]:
         """The exchange key, signed by the wallet that the escrow knows the hub by."""

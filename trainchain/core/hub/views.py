@@ -1,17 +1,31 @@
 """What the hub shows: pure readings of its tables as JSON. Amounts are decimal strings of token units."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import func, select
 
-from trainchain.core.hub import access, jobs, schema, vouchers
+from trainchain.core.hub import access, earnings, jobs, schema, vouchers
 from trainchain.core.hub.service import Hub
 from trainchain.core.hub.store import Row
-from trainchain.core.rewards import VESTING, job_price
+from trainchain.core.rewards import audit_price, job_price
+from trainchain.core.states import Shard
 
 MAX_EVENTS = 500
 MAX_CONTRIBUTIONS = 1000
-TOLD = ("lease", "round", "shard", "worker", "delta", "receipt", "accepted", "merged_in")
+TOLD = (
+    "lease",
+    "round",
+    "shard",
+    "worker",
+    "delta",
+    "receipt",
+    "accepted",
+    "merged_in",
+    "resolved",
+    "forfeited",
+    "second",
+)
 MAX_TOLD = 1_000_000
 """An answer that holds this many numbers of losses and micro-batches ends with the contribution that they reach."""
 
@@ -56,6 +70,7 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
         contributions = rows(schema.contributions, schema.contributions.c.accepted)
         evaluations = rows(schema.evaluations, schema.evaluations.c.round, schema.evaluations.c.candidate)
         settlements = rows(schema.settlements, schema.settlements.c.round)
+        audits = {a["lease"]: a for a in rows(schema.audits, schema.audits.c.drawn)}
         held = {r["id"]: r for r in rows(schema.leases, schema.leases.c.taken) if r["state"] == "held"}
         last = db.execute(select(func.max(schema.events.c.seq)).where(schema.events.c.job == job_id)).scalar()
     given = {(c["round"], c["shard"]): c for c in contributions}
@@ -88,6 +103,8 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
                     "numeric_class": contribution["signed"]["contribution"]["numericClass"],
                     "merged_in": contribution["merged_in"],
                     "merge": contribution["merge"],
+                    "audit": _verdict(audits.get(contribution["lease"])),
+                    "forfeited": contribution["forfeited"] is not None,
                 }
             elif lease is not None:
                 entry |= {"worker": lease["worker"], "progress": lease["progress"]}
@@ -99,6 +116,9 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
                 "start": row["start"],
                 "adapter": row["adapter"],
                 "outer_step": row["outer_step"],
+                "secret_hash": row["secret_hash"],
+                "secret_signature": row["secret_signature"],
+                "secret": row["secret"] if _is_drawn_out(shards, row["round"]) else None,
                 "opened": row["opened"],
                 "closed": row["closed"],
                 "merged": row["merged"],
@@ -131,6 +151,7 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
         "grace": job["grace"],
         "funded": str(job["funded"]),
         "price": str(job_price(recipe)),
+        "audit_price": str(sum(audit_price(recipe, number) for number in range(1, recipe.rounds + 1))),
         "settled_round": job["settled_round"],
         "samples": recipe.samples,
         "evaluations": [
@@ -158,6 +179,15 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
         ],
         "last_event": last or 0,
     }
+
+
+def _verdict(audit: Row | None) -> dict[str, Any] | None:
+    return None if audit is None else {name: audit[name] for name in ("state", "code", "evidence")}
+
+
+def _is_drawn_out(shards: Sequence[Row], round_: int) -> bool:
+    """Whether nothing can be drawn with a round's secret any more: it may be told, and its draws repeated."""
+    return all(shard["state"] in (Shard.ACCEPTED, Shard.ABANDONED) for shard in shards if shard["round"] == round_)
 
 
 def events_after(hub: Hub, job_id: str, after: int) -> list[dict[str, Any]]:
@@ -195,40 +225,80 @@ def contributions_of(hub: Hub, job_id: str, round_: int | None, after: int, limi
 
 
 def earned(hub: Hub, worker: str) -> list[dict[str, Any]]:
-    """What a wallet has earned here: by job, and in it by shard in the order of acceptance."""
-    table, found = schema.contributions, []
+    """What a wallet has earned here: by job, and in it by shard in the order of acceptance; with what it lost and why,
+    and with the fees of what it replayed for others."""
+    table, replays = schema.contributions, schema.replays
     with hub.store.read() as db:
-        mine = list(db.execute(select(table).where(table.c.worker == worker).order_by(table.c.place)).mappings())
+        query = select(table, schema.audits.c.state, schema.audits.c.code, schema.audits.c.evidence)
+        query = query.outerjoin(schema.audits, schema.audits.c.lease == table.c.lease)
+        mine = list(db.execute(query.where(table.c.worker == worker).order_by(table.c.place)).mappings())
+        done = select(replays).where(replays.c.auditor == worker, replays.c.place.is_not(None))
+        fees = list(db.execute(done.order_by(replays.c.place)).mappings())
         signed = select(schema.vouchers).where(schema.vouchers.c.account == worker)
-        vested = {row["job"]: row["cumulative"] for row in db.execute(signed).mappings()}
-    for job_id in sorted({row["job"] for row in mine}):
-        job, rows = hub.job(job_id), [row for row in mine if row["job"] == job_id]
-        over = vouchers.ended(hub, job)
-        total = sum(row["reward"] for row in rows)
-        last = rows[-1]["place"] if over else rows[-1]["place"] - VESTING
-        found.append(
-            {
-                "job": job_id,
-                "name": job["name"],
-                "token": hub.chain.token,
-                "state": job["state"],
-                "ended": over,
-                "accepted": str(total),
-                "vested": str(total if over else vested.get(job_id, 0)),
-                "settled": str(sum(row["reward"] for row in rows if row["settled_in"] is not None)),
-                "shards": [
-                    {
-                        "round": row["round"],
-                        "shard": row["shard"],
-                        "lease": row["lease"],
-                        "amount": str(row["reward"]),
-                        "place": row["place"],
-                        "accepted": row["accepted"],
-                        "state": "settled" if row["settled_in"] else "vested" if row["place"] <= last else "vesting",
-                        "settlement": row["settled_in"],
-                    }
-                    for row in rows
-                ],
-            }
-        )
+        newest = {row["job"]: row for row in db.execute(signed).mappings()}
+    found = []
+    for job_id in sorted({row["job"] for row in [*mine, *fees]}):
+        work, replayed = ([row for row in rows if row["job"] == job_id] for rows in (mine, fees))
+        found.append(_earned_in(hub, worker, hub.job(job_id), work, replayed, newest.get(job_id)))
     return found
+
+
+def _earned_in(
+    hub: Hub, worker: str, job: Row, rows: list[Row], fees: list[Row], voucher: Row | None
+) -> dict[str, Any]:
+    over = vouchers.ended(hub, job)
+    with hub.store.read() as db:
+        waits, lost = earnings.waits(db, job["id"], worker), earnings.rejections(db, job["id"], worker)
+    accepted, gone = sum(row["reward"] for row in rows), _sum(rows, "reward", "forfeited")
+    given, taken = sum(row["fee"] for row in fees), _sum(fees, "fee", "forfeited")
+    vested = accepted - gone + given - taken if over else voucher["cumulative"] if voucher else 0
+    shards, replays = (len(rows), len(fees)) if over else (voucher["shards"], voucher["fees"]) if voucher else (0, 0)
+    ripe = sum(row["fee"] for row in fees if row["forfeited"] is None and row["place"] <= replays)
+    return {
+        "job": job["id"],
+        "name": job["name"],
+        "token": hub.chain.token,
+        "state": job["state"],
+        "ended": over,
+        "accepted": str(accepted),
+        "vested": str(vested),
+        "settled": str(_sum(rows, "reward", "settled_in") + _sum(fees, "fee", "settled_in")),
+        "forfeited": str(gone),
+        "waits": waits,
+        "rejections": lost,
+        "fees": {
+            "replays": len(fees),
+            "accepted": str(given),
+            "vested": str(ripe),
+            "forfeited": str(taken),
+            "last": fees[-1]["done"] if fees else None,
+        },
+        "shards": [
+            {
+                "round": row["round"],
+                "shard": row["shard"],
+                "lease": row["lease"],
+                "amount": str(row["reward"]),
+                "place": row["place"],
+                "accepted": row["accepted"],
+                "audit": row["code"] or row["state"],
+                "evidence": row["evidence"],
+                "state": _state(row, shards, waits),
+                "settlement": row["settled_in"],
+            }
+            for row in rows
+        ],
+    }
+
+
+def _state(row: Row, reach: int, waits: int | None) -> str:
+    """Where a shard's pay is: while a verdict is due nothing more vests, be it before or after it."""
+    if row["settled_in"] is not None:
+        return "settled"
+    if row["forfeited"] is not None:
+        return "forfeited"
+    return "vested" if row["place"] <= reach else "held" if waits is not None else "vesting"
+
+
+def _sum(rows: list[Row], amount: str, stamp: str) -> int:
+    return sum(row[amount] for row in rows if row[stamp] is not None)
