@@ -75,7 +75,8 @@ class Bench:
             client,
             self.home,
             child,
-            sign=wiring.contribution_signer(self.person.wallet, chain),
+            sign=wiring.work_signer(self.person.wallet, chain),
+            signed=wiring.promise_checker(chain, told["hub"]),
             check_job=wiring.job_checker(chain, told, now=self.town.clock),
             dues=Dues(
                 client,
@@ -118,6 +119,6 @@ def bench(town: Town, tmp_path: Path) -> Iterator[Bench]:
 @pytest.fixture
 def evaluator(town: Town, tmp_path: Path) -> Iterator[Bench]:
     """The hub's own worker."""
-    made = Bench(town, tmp_path, town.evaluator_keys)
+    made = Bench(town, tmp_path / "evaluator", town.evaluator_keys)
     yield made
     made.close()

@@ -12,7 +12,8 @@ from trainchain.core.adapter import adapter_bytes, apply, read_adapter
 from trainchain.core.client import HubClient
 from trainchain.core.digests import sha256
 from trainchain.core.encodings import decode, encode, encoded_size
-from trainchain.core.models import Lease, parse
+from trainchain.core.messages import Lease
+from trainchain.core.models import parse
 from trainchain.core.segments import Moments
 from trainchain.core.worker.cache import Cache
 from trainchain.core.worker.starts import fetch_start

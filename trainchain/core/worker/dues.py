@@ -10,6 +10,7 @@ from trainchain.core import money
 from trainchain.core.client import HubClient
 from trainchain.core.errors import TrainChainError
 from trainchain.core.history import Receipt
+from trainchain.core.messages import Lost
 from trainchain.core.worker.faults import AWAY, DISHONEST
 from trainchain.core.worker.paybook import Paybook
 
@@ -248,9 +249,25 @@ class Dues:
             return
         if alone and self.book.earned(job) <= self.book.vested(job):
             return
-        floor = self.book.vested(job)
         answer = self._client.get(f"/v1/jobs/{job}/voucher", signed=True)
-        ended = answer.get("ended") is True
-        self.book.keep_voucher(job, answer.get("voucher"), self.book.earned(job) if ended else floor)
-        if ended:
+        known = len(self.book.verdicts(job).forfeited)
+        self.book.keep_answer(job, answer, receipts)
+        for lost in self.book.verdicts(job).forfeited[known:]:
+            self._tell_of(job, lost)
+        if answer.get("ended") is True:
             self._last[job] = self.book.vested(job)
+
+    def _tell_of(self, job: str, lost: Lost) -> None:
+        gone = sum(receipt.amount for receipt in self.book.receipts(job) if lost.first <= receipt.place <= lost.last)
+        self._on_event(
+            {
+                "event": "forfeited",
+                "job": job,
+                "lease": lost.lease,
+                "code": lost.code,
+                "amount": str(gone),
+                "message": f"A shard of job {job[:12]} was rejected ({lost.code}): {money.show(gone)} TRAIN that had "
+                f"not vested are forfeited, the places {lost.first} to {lost.last}.",
+                "hint": f"trainchain jobs show {job[:12]} --evidence {lost.lease}",
+            }
+        )

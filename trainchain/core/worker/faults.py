@@ -25,5 +25,5 @@ UNABLE = frozenset(
 MOST_SKIPPED = 64
 SPOILED = frozenset({"train.diverged", "state.invalid"})
 """After these nothing is trained on from the states that lie there."""
-DISHONEST = frozenset({"receipt.invalid", "voucher.invalid"})
-"""The hub does not promise what it owes: nobody works on for it before a person has looked."""
+DISHONEST = frozenset({"draw.invalid", "receipt.invalid", "voucher.invalid"})
+"""The hub does not promise what it owes, or how it draws: nobody works on for it before a person has looked."""

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from trainchain.core.client import HubClient
 from trainchain.core.errors import TrainChainError
-from trainchain.core.models import Lease
+from trainchain.core.messages import Lease
 from trainchain.core.seal import ExchangeKey, for_lease
 
 

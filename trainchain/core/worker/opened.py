@@ -7,10 +7,12 @@ from typing import Any
 
 from trainchain.core.client import HubClient
 from trainchain.core.errors import TrainChainError
-from trainchain.core.models import FileRef, Lease, ResolvedRecipe
+from trainchain.core.messages import Lease
+from trainchain.core.models import FileRef, ResolvedRecipe
 from trainchain.core.worker.cache import Cache
 from trainchain.core.worker.files import Clear, JobFiles, job_files, sealed_files
 from trainchain.core.worker.keys import Exchange, identities
+from trainchain.core.worker.splits import at_most, usual_tokens
 from trainchain.core.worker.volatile import Volatile
 
 Ask = Callable[[Mapping[str, Any]], Iterator[Mapping[str, Any]]]
@@ -38,8 +40,8 @@ class OpenedJob:
         self._exchange = exchange
         self._ask = ask
         self._checkpointing = checkpointing
-        self._open: tuple[str, str, bool, JobFiles] | None = None
-        """Its id, its recipe's digest, whether with held-out data, its files."""
+        self._open: tuple[str, str, bool, int | None, JobFiles] | None = None
+        """Its id, its recipe's digest, whether with held-out data, how it is split, its files."""
 
     def close(self) -> None:
         """The child is gone, or opens it anew."""
@@ -47,7 +49,8 @@ class OpenedJob:
 
     def prepare(self, lease: Lease, owner: str, micro_tokens: int | None) -> tuple[JobFiles, dict[str, Any]]:
         """The files of the lease's job, opened in the child, and what its request needs beside: of a sealed job the
-        block of the shard, or the held-out rows, with the key.
+        block of the shard, or the held-out rows, with the key. Of how much goes through the model at once depend the
+        last bits of training, and none of measuring.
 
         Raises `access.denied` before anything but the recipe is fetched, where the job does not admit this wallet.
         """
@@ -61,11 +64,11 @@ class OpenedJob:
                 raise TrainChainError("key.invalid", f"The hub gave no key of the sealed file {digest}.")
             return keys[digest]
 
-        files = self._files_of(lease, judges)
+        files = self._files_of(lease, judges, micro_tokens)
         if files is None:
             self._open = None
             files = self._opened(lease, owner, judges, micro_tokens, key)
-            self._open = (lease.job, lease.spec_hash, judges, files)
+            self._open = (lease.job, lease.spec_hash, judges, at_most(files.recipe, micro_tokens), files)
         if files.recipe.sealed is None:
             return files, {}
         paths = sealed_files(
@@ -74,11 +77,13 @@ class OpenedJob:
         found = next(iter(paths.items()), None)  # a job without held-out data has samples to measure, and no rows
         return files, {"block": {"path": str(found[1]), "identity": key(found[0])}} if found else {}
 
-    def _files_of(self, lease: Lease, judges: bool) -> JobFiles | None:
+    def _files_of(self, lease: Lease, judges: bool, micro_tokens: int | None) -> JobFiles | None:
         if self._open is None:
             return None
-        job, spec_hash, may_judge, files = self._open
-        return files if (job, spec_hash) == (lease.job, lease.spec_hash) and (may_judge or not judges) else None
+        job, spec_hash, may_judge, split, files = self._open
+        usual = usual_tokens(files.recipe)
+        fits = may_judge if judges else (split or usual) == (at_most(files.recipe, micro_tokens) or usual)
+        return files if fits and (job, spec_hash) == (lease.job, lease.spec_hash) else None
 
     def _opened(
         self, lease: Lease, owner: str, judges: bool, micro_tokens: int | None, key: Callable[[str], str]
@@ -104,7 +109,7 @@ class OpenedJob:
             **files.for_child(),
             "cache": None if tokens is None else str(tokens),
             "checkpointing": self._checkpointing,
-            "micro_tokens": micro_tokens,
+            "micro_tokens": at_most(files.recipe, micro_tokens),
         }
         if parts:  # the child decrypts them, loads them, and removes them at once
             request["unseal"] = {"folder": str(files.model_dir), "files": parts}

@@ -4,13 +4,14 @@ voucher that promises most. Written down before the next lease is taken; only wh
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from filelock import FileLock
 
 from trainchain.core.errors import TrainChainError
 from trainchain.core.history import Receipt
-from trainchain.core.models import Voucher, parse
+from trainchain.core.messages import Verdicts, Voucher
+from trainchain.core.models import parse
 from trainchain.core.rewards import VESTING
 from trainchain.core.settings import private_folder, write_private
 
@@ -81,14 +82,22 @@ class Papers:
         newest: Receipt | Voucher | None = next(reversed(self.receipts(job)), None) or self.voucher(job)
         return Ties(newest.chain_id, newest.escrow, newest.hub) if newest else None
 
+    def verdicts(self, job: str) -> Verdicts:
+        """What the hub last said of verdicts on this wallet's work."""
+        try:
+            path = self.home / "verdicts" / f"{job}.json"
+            return parse(Verdicts, path.read_bytes(), code="voucher.invalid", what="What is known of verdicts")
+        except (OSError, TrainChainError):
+            return Verdicts(forfeited=[])
+
     def vested(self, job: str) -> int:
         """What has vested by what lies here; another machine of the wallet may have added to it."""
         voucher = self.voucher(job)
-        return max(vested(self.receipts(job)), voucher.cumulative if voucher else 0)
+        return max(vested(self.receipts(job), self.verdicts(job)), voucher.cumulative if voucher else 0)
 
     def earned(self, job: str) -> int:
-        """What was accepted, by the receipts here."""
-        return sum(receipt.amount for receipt in self.receipts(job))
+        """What was accepted, by the receipts here, but for what is forfeited."""
+        return _standing(self.receipts(job), self.verdicts(job))
 
     def _receipt(self, path: Path, job: str) -> Receipt | None:
         try:
@@ -133,8 +142,26 @@ class Paybook(Papers):
                 raise TrainChainError("receipt.invalid", what, hint=f"Stop working for this hub, and keep {path}.")
             place = parse(Receipt, document, code="receipt.invalid", what="The receipt").place
             by_then = [receipt for receipt in self.receipts(job) if receipt.place <= place]
-            self._keep_voucher(job, answer.get("voucher"), max(floor, vested(by_then)))
+            self._keep_voucher(job, answer.get("voucher"), max(floor, vested(by_then, self.verdicts(job))))
         return path
+
+    def keep_answer(self, job: str, answer: Mapping[str, Any], before: list[Receipt]) -> None:
+        """Write down what a hub answered of a job's pay: the newest voucher, and why it is not more. `before` are the
+        receipts that lay here when it was asked.
+
+        Raises `voucher.invalid`; what did not hold is kept.
+        """
+        with self._alone():
+            known = self.verdicts(job)
+            told = {name: answer[name] for name in ("through", "waits", "forfeited") if name in answer}
+            verdicts = parse(Verdicts, told, code="voucher.invalid", what=f"What the hub says of verdicts in job {job}")
+            wrong = self._wrong_verdicts(job, before, known, verdicts)
+            if wrong is not None:
+                self._refuse("verdicts", job, told, f"What the hub says of verdicts in job {job} {wrong}.")
+            ended = answer.get("ended") is True
+            floor = _standing(before, verdicts) if ended else vested(before, verdicts)
+            self._keep_voucher(job, answer.get("voucher"), max(floor, self.vested(job)))
+            write_private(self.home / "verdicts" / f"{job}.json", verdicts.model_dump_json().encode())
 
     def keep_voucher(self, job: str, document: Any, floor: int) -> None:
         """Write down the newest voucher, where it promises more than the one here. `floor` is what it must promise.
@@ -168,12 +195,31 @@ class Paybook(Papers):
         kept = self.voucher(job)
         wrong, amount = self._wrong_voucher(job, document, floor)
         if wrong is not None:
-            path = self.home / "vouchers" / REFUSED / f"{job}.json"
-            write_private(path, _bytes(document))
-            what = f"The hub's voucher for job {job} {wrong}."
-            raise TrainChainError("voucher.invalid", what, hint=f"Stop working for this hub, and keep {path}.")
+            self._refuse("vouchers", job, document, f"The hub's voucher for job {job} {wrong}.")
         if kept is None or amount > kept.cumulative:
             write_private(self._voucher_path(job), _bytes(document))
+
+    def _refuse(self, folder: str, job: str, document: Any, what: str) -> NoReturn:
+        path = self.home / folder / REFUSED / f"{job}.json"
+        write_private(path, _bytes(document))
+        raise TrainChainError("voucher.invalid", what, hint=f"Stop working for this hub, and keep {path}.")
+
+    def _wrong_verdicts(self, job: str, before: list[Receipt], known: Verdicts, told: Verdicts) -> str | None:
+        """What cannot be true of it: nothing that had vested is forfeited, and only what was drawn is judged."""
+        newest = max((receipt.place for receipt in before), default=0)
+        if told.through < newest:
+            return f"is about {told.through} places; {newest} were accepted"
+        sure = _reach(before, known)
+        by_lease = {receipt.lease: receipt for receipt in before}
+        for lost in told.forfeited:
+            if lost not in known.forfeited and lost.first <= sure:
+                return f"forfeits the place {lost.first}, which had vested"
+            judged = by_lease.get(lost.lease)
+            if judged is not None and (judged.draw is None or not lost.first <= judged.place <= lost.last):
+                return f"rejects round {judged.round}, shard {judged.shard}, of which no audit was drawn"
+        if [one for one in known.forfeited if one not in told.forfeited]:
+            return "takes back what it said was forfeited"
+        return None
 
     def _wrong_voucher(self, job: str, document: Any, floor: int) -> tuple[str | None, int]:
         """What is wrong with it, and what it promises."""
@@ -198,11 +244,27 @@ class Paybook(Papers):
         return FileLock(private_folder(self.home / "vouchers") / ".lock", mode=0o600)
 
 
-def vested(receipts: Iterable[Receipt]) -> int:
-    """What has vested of these shards of one job: all but the last `VESTING` places, as the hub counts them."""
+def vested(receipts: Iterable[Receipt], verdicts: Verdicts) -> int:
+    """What has vested of these shards of one job, as the hub counts them (core/rewards.py), by what is known here."""
     found = list(receipts)
-    newest = max((receipt.place for receipt in found), default=0)
-    return sum(receipt.amount for receipt in found if receipt.place <= newest - VESTING)
+    reach = _reach(found, verdicts)
+    return _standing((receipt for receipt in found if receipt.place <= reach), verdicts)
+
+
+def _standing(receipts: Iterable[Receipt], verdicts: Verdicts) -> int:
+    return sum(receipt.amount for receipt in receipts if verdicts.lost(receipt.place) is None)
+
+
+def _reach(receipts: list[Receipt], verdicts: Verdicts) -> int:
+    """Through which place everything that is not forfeited has vested, at the least. Of what came after the newest
+    word on verdicts every shard that was drawn may be without one, and every shard that is not here may be drawn."""
+    newest = max((receipt.place for receipt in receipts), default=0)
+    plain = {receipt.place for receipt in receipts if receipt.draw is None}
+    first = next((place for place in range(verdicts.through + 1, newest + 1) if place not in plain), newest + 1)
+    if verdicts.waits is not None:
+        first = min(first, verdicts.waits)
+    lost = max((one.last for one in verdicts.forfeited), default=0)
+    return max(lost, first - 1 - VESTING)
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,8 @@ from trainchain.core.adapter import adapter_bytes, apply, read_adapter, tensor_s
 from trainchain.core.client import HubClient
 from trainchain.core.digests import sha256
 from trainchain.core.encodings import decode, encoded_size
-from trainchain.core.models import Lease, ResolvedRecipe
+from trainchain.core.messages import Lease
+from trainchain.core.models import ResolvedRecipe
 from trainchain.core.worker.cache import Cache
 
 SLOT = "start"
@@ -20,6 +21,10 @@ SLOT = "start"
 class Start(NamedTuple):
     adapter: Path
     outer_step: Path | None
+
+    def for_child(self) -> dict[str, str | None]:
+        """The places as the training child's requests name them."""
+        return {"start": str(self.adapter), "outer_step": None if self.outer_step is None else str(self.outer_step)}
 
 
 def fetch_start(cache: Cache, client: HubClient, lease: Lease, recipe: ResolvedRecipe) -> Start:
