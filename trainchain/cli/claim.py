@@ -90,7 +90,10 @@ def _explain(job: dict[str, Any], out: Output) -> None:
     """What of a job's pay is not there to be claimed, and when it will be."""
     if job["why"]:
         out.note(f"{job['name']:<20} {job['why']}")
-    if int(job["vesting"]):
+    if int(job["vesting"]) and job["waits"] is not None:
+        amount = money.show(int(job["vesting"]))
+        out.note(f"{job['name']:<20} {amount} TRAIN held: the shard at place {job['waits']} waits for its verdict")
+    elif int(job["vesting"]):
         amount, shards = money.show(int(job["vesting"])), job["next_vests_after"]
         more = "1 more accepted shard" if shards == 1 else f"{shards} more accepted shards"
         out.note(f"{job['name']:<20} {amount} TRAIN vesting: the next after {more}, all when the job ends")

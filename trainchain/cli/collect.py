@@ -182,6 +182,7 @@ def _explained(one: Found) -> Document:
         "accepted": str(one.accepted),
         "vesting": str(one.vesting),
         "next_vests_after": one.next_vests_after,
+        "waits": one.verdicts.waits,
         "unsettled": str(one.unsettled),
         "why": one.why,
     }

@@ -62,7 +62,7 @@ def _data(
     recipe: Recipe, text: str | None, settings: Settings, out: Output
 ) -> tuple[Path, DataFormat | None, Callable[[], Bringer]]:
     """The file that is asked for, the format that the recipe gives it, and what brings things from elsewhere."""
-    from trainchain.core.recipe import DataEntry
+    from trainchain.core.entries import DataEntry
     from trainchain.core.sources.address import is_address
 
     @cache

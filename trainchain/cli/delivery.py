@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trainchain.cli.output import Output
     from trainchain.core.bundle import Checks
     from trainchain.core.client import HubClient
-    from trainchain.core.history import Accepted, Chain, History, ToldRound
+    from trainchain.core.history import Accepted, Chain, History, ToldAudit, ToldRound
     from trainchain.core.models import ResolvedRecipe
     from trainchain.core.recount import Leaves
     from trainchain.core.settings import Settings
@@ -161,7 +161,7 @@ def assemble(client: HubClient, found: Merged, folder: Path, *, where: str | Non
     text = card(found.recipe, found.history, told, found.number, where=where)
     (folder / CARD_FILE).write_text(text, encoding="utf-8", newline="\n")
     (folder / FOLDER).mkdir()
-    bundle = bundle_files(found.recipe, found.history, told, found.number, rows, leaves)
+    bundle = bundle_files(found.recipe, found.history, told, found.number, rows, leaves, _audits_of(client, found))
     for name, data in bundle.items():
         (folder / FOLDER / name).write_bytes(data)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -278,6 +278,13 @@ def contributions(client: HubClient, job_id: str, recipe: ResolvedRecipe) -> lis
         following = page.get("next") if told.contributions else None
         after = following if type(following) is int and following > after else None
     return rows
+
+
+def _audits_of(client: HubClient, found: Merged) -> list[ToldAudit]:
+    """Of a job whose work is not audited nothing is asked."""
+    from trainchain.cli.gather import audits
+
+    return audits(client, found.job, found.recipe) if found.recipe.audited else []
 
 
 def chain_checks() -> Checks:

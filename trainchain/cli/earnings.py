@@ -10,6 +10,7 @@ from trainchain.cli.options import Home, HubUrl, Json
 from trainchain.cli.output import Output
 from trainchain.core import money
 from trainchain.core.errors import TrainChainError
+from trainchain.core.markdown import count
 
 if TYPE_CHECKING:
     from trainchain.cli.ledger import Line
@@ -29,7 +30,7 @@ def earnings(
     home: Home = None,
     json_: Json = False,
 ) -> None:
-    """Show what was accepted, is vesting, can be claimed and was claimed, and why it is not more.
+    """Show what was accepted, is held or vesting, can be claimed and was claimed, and why it is not more.
 
     \b
     Examples:
@@ -60,11 +61,10 @@ def earnings(
     document: dict[str, Any] = {
         "wallet": known.wallet.address,
         "by": str(by),
-        "lines": [
-            {str(by): name, "shards": len(group), **_strings(ledger.sums(group))} for name, group in groups.items()
-        ],
+        "lines": [{str(by): name, **_counts(group), **_strings(ledger.sums(group))} for name, group in groups.items()],
         "total": _strings(ledger.sums(rows)),
-        "shards": [row.document() for row in rows],
+        "shards": [row.document() for row in rows if not row.replays],
+        "fees": [row.document() for row in rows if row.replays],
         "failed": failed,
         **({"ok": False, "error": failed[0]} if code else {}),
     }
@@ -74,6 +74,10 @@ def earnings(
     out.result(text, document)
     if code:
         raise typer.Exit(code)
+
+
+def _counts(group: list["Line"]) -> dict[str, int]:
+    return {"shards": sum(not row.replays for row in group), "replays": sum(row.replays for row in group)}
 
 
 def _strings(parts: dict[str, int]) -> dict[str, str]:
@@ -93,9 +97,10 @@ def _screen(groups: dict[str, list["Line"]], by: By, total: dict[str, int]) -> l
         title += [f"{first.job[:14]}..", first.hub.partition("://")[2]]
         found.append(name if by is By.DAY else "  ".join(title).rstrip())
         parts = sums(group)
-        shards = f"{len(group)} shard{'s' if len(group) != 1 else ''}"
-        found += _part("accepted", parts["accepted"], shards)
-        for part in ("vesting", "settling", "claimable"):
+        fees = sum(row.accepted for row in group if row.replays)
+        told = [count(number, what.removesuffix("s")) for what, number in _counts(group).items() if number]
+        found += _part("accepted", parts["accepted"], ", ".join(told) + (f" for {money.show(fees)}" if fees else ""))
+        for part in ("forfeited", "held", "vesting", "settling", "claimable"):
             if parts[part]:
                 found += _part(part, parts[part], "; ".join(_reasons(group, part)))
         found += _part("claimed", parts["claimed"], "")
@@ -108,6 +113,8 @@ def _screen(groups: dict[str, list["Line"]], by: By, total: dict[str, int]) -> l
 
 def _reasons(group: list["Line"], part: str) -> list[str]:
     """Why this part of theirs is where it is: of what is vesting that of the next one."""
+    if part == "forfeited":
+        return list(dict.fromkeys(row.reason.removeprefix("lost with another, ") for row in group if row.forfeited))
     found = list(dict.fromkeys(row.reason for row in group if row.state == part))
     return found[:1] + (["the rest after it"] if len(found) > 1 and part == "vesting" else found[1:2])
 

@@ -7,7 +7,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from trainchain.cli import wiring
+from trainchain.cli import audits, wiring
 from trainchain.cli.output import Output
 from trainchain.core import money
 
@@ -25,6 +25,7 @@ def serve(
     *,
     job: str | None,
     shards: int | None,
+    audits_only: bool,
     threads: int | None,
     devices: str | None,
     checkpointing: bool,
@@ -70,7 +71,8 @@ def serve(
             client,
             settings.home,
             Child(command, environment, log),
-            sign=wiring.contribution_signer(wallet, chain),
+            sign=wiring.work_signer(wallet, chain),
+            signed=wiring.promise_checker(chain, told["hub"]),
             check_job=wiring.job_checker(chain, told),
             dues=Dues(
                 client,
@@ -84,6 +86,7 @@ def serve(
             exchange=Exchange(key, signature, chain.chain_id),
             cache=Cache(settings.cache, cap=settings.cache_cap, on_event=on_event),
             job=only,
+            audits_only=audits_only,
             device=label,
             checkpointing=checkpointing,
             micro_tokens=micro_tokens,
@@ -102,14 +105,17 @@ def describe(event: dict[str, Any]) -> str | None:
         case "waiting":
             return f"waiting  {event['reason']}; asking again as soon as there is one"
         case "leased":
-            what = f"shard {event['shard']}" if event["kind"] == "train" else "held-out data and samples"
-            return f"leased   {event['name']}  round {event['round']}  {what}"
+            what = f"shard {event['shard']}" if event["kind"] != "evaluate" else "held-out data and samples"
+            more = f"  to replay segment {event['segment']}" if event["kind"] == "replay" else ""
+            return f"leased   {event['name']}  round {event['round']}  {what}{more}"
         case "accepted":
             on = f", on from segment {event['resumed']}" if event["resumed"] else ""
             return (
                 f"accepted round {event['round']}  shard {event['shard']}  +{money.show(int(event['amount']))} TRAIN  "
                 f"{event['tokens']:,} tokens in {event['train_seconds']:.1f} s{on}"
             )
+        case "drawn" | "answered" | "audited" | "auditing" | "replayed":
+            return audits.describe(event)
         case "evaluated":
             loss = "" if event["loss"] is None else f"  held-out loss {event['loss']:.4f}"
             return f"measured round {event['round']}{loss}"

@@ -40,7 +40,8 @@ def serve(
     evaluator_threads: int,
     with_parent: bool,
 ) -> None:
-    """Serve until stopped. `evaluator_threads` 0 means no evaluating child: rounds then show no held-out loss."""
+    """Serve until stopped. `evaluator_threads` 0 means no evaluating child: rounds then show no held-out loss, and
+    nobody of the operator's replays for audits."""
     import uvicorn
 
     from trainchain.chain import wallet
@@ -139,7 +140,8 @@ def _url(bound: socket.socket) -> str:
 
 
 class _Evaluator:
-    """The hub's own worker for `evaluate` leases: a child process, started again whenever it ends."""
+    """The hub's own worker, which measures, and replays as the operator's auditor: a child process, started again
+    whenever it ends."""
 
     def __init__(self, url: str, home: Path, threads: int) -> None:
         self._arguments = ["serve-gpu", "--hub", url, "--home", str(home), "--threads", str(threads)]

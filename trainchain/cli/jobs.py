@@ -1,12 +1,19 @@
 """jobs ls | show | cancel | reclaim: what becomes of a job."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trainchain.cli.options import Home, HubUrl, JobName, Json
 from trainchain.cli.output import Output
 from trainchain.core import money
+from trainchain.core.errors import TrainChainError
+
+if TYPE_CHECKING:
+    from trainchain.core.client import HubClient
+    from trainchain.core.settings import Settings
 
 WIDTH = 80
 
@@ -36,26 +43,56 @@ def list_jobs(hub: HubUrl = None, home: Home = None, json_: Json = False) -> Non
 
 
 @app.command("show")
-def show(job: JobName, hub: HubUrl = None, home: Home = None, json_: Json = False) -> None:
-    """Show a job: its rounds, losses, shards, workers and money.
+def show(
+    job: JobName,
+    lease: Annotated[
+        str | None, typer.Argument(metavar="[LEASE]", help="With --evidence: of this lease alone.", show_default=False)
+    ] = None,
+    evidence: Annotated[bool, typer.Option("--evidence", help="Show the audits, or one's evidence.")] = False,
+    hub: HubUrl = None,
+    home: Home = None,
+    json_: Json = False,
+) -> None:
+    """Show a job: its rounds, losses, shards, workers and money; or its audits, and why one ended as it did.
 
     \b
     Examples:
       trainchain jobs show @last
-      trainchain jobs show 0x7f3a9c --json
+      trainchain jobs show 0x7f3a9c --evidence
+      trainchain jobs show 0x7f3a9c --evidence 0x51c2d8 --json
     """
     from trainchain.cli import wiring
     from trainchain.core.settings import Settings
 
     out = Output(json_mode=json_)
     settings = Settings.load(home, hub)
+    if lease is not None and not evidence:
+        raise TrainChainError("usage.flag", f"What is {lease[:80]!r} for?", hint="jobs show JOB --evidence LEASE")
     client = wiring.hub_client(settings)
     view = client.get(f"/v1/jobs/{wiring.job_id_of(client, settings, job)}")
+    if evidence:
+        _show_evidence(client, settings, out, view, lease)
+        return
     if view["private"] and wiring.address_in(settings.wallet_path) == view["owner"].lower():
         client, _ = wiring.signed_client(settings, out)  # what it answers to the samples is for its owner
         view = client.get(f"/v1/jobs/{view['job']}", signed=True)
     document = {**view, "money": _money(client, view["job"])}
     out.result(describe(document), document)
+
+
+def _show_evidence(client: HubClient, settings: Settings, out: Output, view: dict[str, Any], lease: str | None) -> None:
+    from trainchain.cli import audits, wiring
+
+    signed, job_id = bool(view["private"]), view["job"]
+    if signed:  # what became of work on a private job is for its owner and its workers
+        client, _ = wiring.signed_client(settings, out)
+    rows = audits.of_job(client, job_id, signed=signed)
+    if lease is None:
+        out.result(audits.listed(rows), {"job": job_id, "audits": rows})
+        return
+    full = audits.lease_of(rows, lease)
+    document = client.get(f"/v1/jobs/{job_id}/evidence/{full}", signed=signed)
+    out.result(audits.in_words(document), document)
 
 
 @app.command("reclaim")
@@ -143,6 +180,10 @@ def describe(view: dict[str, Any]) -> str:
                 tail += "  spare"
             if (shard.get("merge") or {}).get("why") == "leave-one-out":
                 tail += "  left out"
+            if shard.get("audit"):
+                tail += f"  audit {shard['audit']['state']}"
+            if shard.get("forfeited"):
+                tail += "  forfeited"
             lines.append(f"  shard {shard['shard']:<3} {shard['state']:<9} {shard['tokens']:>8,} tokens  {who}  {tail}")
     for address, worker in view["workers"].items():
         lines.append(f"worker {address}  {worker['accepted']} accepted  {money.show(int(worker['reward']))} TRAIN")

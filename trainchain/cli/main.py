@@ -18,6 +18,7 @@ from trainchain.cli import (
     claim,
     data,
     devnet,
+    doctor,
     earnings,
     jobs,
     merge,
@@ -74,6 +75,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(wallet.app, name="wallet")
 app.add_typer(chain.app, name="chain")
 app.add_typer(cache.app, name="cache")
+app.command("doctor")(doctor.doctor)
 app.command("devnet")(devnet.devnet)
 
 

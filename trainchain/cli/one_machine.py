@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainchain.cli import collect, delivery, owner, parent, wiring
+from trainchain.cli import audits, collect, delivery, owner, parent, wiring
 from trainchain.cli.jobs import sample_lines
 from trainchain.cli.output import Output
 from trainchain.cli.plan import Plan, bringer_of, resolve
@@ -87,12 +87,14 @@ def run(recipe_path: Path, keep: Path | None, home: Path, workers: int, output: 
             memory.forget()
             raise TrainChainError("job.ended_badly", f"Job {job_id[:12]} is {view['state']}.")
         with clock.on_chain():
-            view = _wait_settled(client, job_id, view)
+            view = _wait_settled(client, job_id, view, progress)
         view = _wait_measured(client, job_id, view, progress)
         fleet.stop()
         with clock.on_chain():
-            homes = fleet.homes if lend is None else fleet.homes[:1]
+            homes = [*(fleet.homes if lend is None else fleet.homes[:1]), *_auditors(state)]
             claims = [_claim(home, hub_url, out) for home in homes]
+        for failed in (row for claim in claims for row in claim["failed"]):
+            out.note(f"not claimed: {failed['message']} {failed['hint']}".rstrip())
         pulled = delivery.fetch(client, job_id, target)
         escrow = _escrow(client, job_id)
         pushed = _push(client, job_id, pulled["folder"], out) if plan.resolved.hub_model_id else None
@@ -189,9 +191,14 @@ def _watch(client: HubClient, job_id: str, fleet: Fleet, progress: Progress) -> 
         time.sleep(LOOK_SECONDS)
 
 
-def _wait_settled(client: HubClient, job_id: str, view: Document, seconds: float = 300.0) -> Document:
+def _wait_settled(
+    client: HubClient, job_id: str, view: Document, progress: Progress, seconds: float = 300.0
+) -> Document:
     until = time.monotonic() + seconds
     while view["state"] not in ("settled", "closed"):
+        if audits.pending(view):  # they have a time of their own
+            until = time.monotonic() + seconds
+            progress.job(view)
         if time.monotonic() > until:
             raise TrainChainError(
                 "job.not_ready",
@@ -213,6 +220,12 @@ def _wait_measured(
         view = client.get(f"/v1/jobs/{job_id}")
         progress.job(view)
     return view
+
+
+def _auditors(state: Path) -> list[Path]:
+    """The home of the hub's own child, whose wallet earns what its replays pay."""
+    home = state / "hub" / "evaluator"
+    return [home] if (home / "wallet.json").exists() else []
 
 
 def _claim(home: Path, hub_url: str, out: Output) -> Document:
@@ -272,6 +285,7 @@ def _document(
             }
             for row in view["rounds_done"]
         ],
+        "audits": audits.counted(view),
         "loss_before": losses.get(0),
         "loss_after": losses.get(len(view["rounds_done"])),
         "tokens": sum(shard["tokens"] for shard in shards if shard["state"] == "accepted"),
@@ -308,6 +322,7 @@ def _say(document: Document, out: Output) -> None:
         out.note(f"held-out loss {before:.4f} > {after:.4f} over {document['tokens']:,} tokens")
     for line in sample_lines(document["samples"]):
         out.note(line)
+    out.note(audits.summary(document["audits"], sum(row["accepted"] for row in document["workers"])))
     for worker in document["workers"]:
         out.note(
             f"worker {wiring.short(worker['wallet'])}  {worker['accepted']} shards accepted  "

@@ -58,6 +58,13 @@ class Plan:
 
         return job_price(self.resolved)
 
+    @property
+    def audits(self) -> int:
+        """What of the price is for audits."""
+        from trainchain.core.rewards import audit_price
+
+        return sum(audit_price(self.resolved, number) for number in range(1, self.resolved.rounds + 1))
+
     def describe(self) -> str:
         """All that an owner should know before paying."""
         recipe = self.resolved
@@ -71,8 +78,9 @@ class Plan:
                 else ""
             )
             + f"files    {len(recipe.files())} files, {size / 1e6:.1f} MB, each named by its sha256\n"
-            f"price    at most {money.show(self.price)} of a budget of {money.show(recipe.pay.budget)} TRAIN; "
-            "what is not earned comes back"
+            f"price    at most {money.show(self.price)} of a budget of {money.show(recipe.pay.budget)} TRAIN"
+            + (f", of which audits at most {money.show(self.audits)}" if self.audits else "")
+            + "; what is not earned comes back"
         )
 
     def describe_work(self) -> str:
@@ -100,7 +108,7 @@ def resolve(path: Path, bringer: Bringer, *, tokens: Path | None = None, weights
     until it is sealed. With `weights` a base on a model hub is brought here whole, else only what resolving needs.
     """
     from trainchain.core.digests import sha256
-    from trainchain.core.models import Access, DataSet, FileRef, HeldOut, Lora, Merge, Pay, ResolvedRecipe
+    from trainchain.core.models import Access, Check, DataSet, FileRef, HeldOut, Lora, Merge, Pay, ResolvedRecipe
     from trainchain.core.recipe import load_recipe
     from trainchain.core.sharding import spare_shards
 
@@ -149,6 +157,7 @@ def resolve(path: Path, bringer: Bringer, *, tokens: Path | None = None, weights
             dataset=dataset, rows=facts.rows, tokens=facts.counts.tokens, supervised=facts.counts.supervised
         )
     initial = FileRef(name="initial.safetensors", sha256=sha256(found.initial), size=len(found.initial))
+    segment_steps = recipe.segment_steps or -(-recipe.steps // 8)
     resolved = ResolvedRecipe(
         trainchain=1,
         name=recipe.name,
@@ -160,13 +169,14 @@ def resolve(path: Path, bringer: Bringer, *, tokens: Path | None = None, weights
         chat_template=template,
         hub_model_id=target,
         lora=Lora(r=recipe.lora_r, alpha=recipe.lora_alpha, targets=sorted(found.targets), initial=initial),
-        training=_training(recipe, found),
+        training=_training(recipe, found, segment_steps),
         rounds=recipe.rounds,
         shards=recipe.shards,
         steps=recipe.steps,
         round_deadline=recipe.round_deadline,
         quorum=recipe.quorum,
         merge=Merge(**recipe.merge.model_dump()),
+        check=Check(**recipe.check.model_dump() | {"spend": recipe.check.share(-(-recipe.steps // segment_steps))}),
         pay=Pay(**recipe.pay.model_dump()),
         samples=recipe.samples,
         sample_tokens=recipe.sample_tokens,
@@ -192,8 +202,9 @@ def resolve(path: Path, bringer: Bringer, *, tokens: Path | None = None, weights
     if plan.price > resolved.pay.budget:
         raise TrainChainError(
             "money.budget_too_small",
-            f"The work costs up to {money.show(plan.price)} TRAIN, and `pay.budget` is "
-            f"{money.show(resolved.pay.budget)}.",
+            f"The work costs up to {money.show(plan.price)} TRAIN"
+            + (f" ({money.show(plan.audits)} of it for audits)" if plan.audits else "")
+            + f", and `pay.budget` is {money.show(resolved.pay.budget)}.",
             hint=f'Set `budget: "{money.show(plan.price)}"` or more, lower the price, or train less.',
         )
     return plan
@@ -290,7 +301,7 @@ def hush() -> None:
     warnings.simplefilter("ignore", FutureWarning)
 
 
-def _training(recipe: Recipe, found: Inspection) -> Training:
+def _training(recipe: Recipe, found: Inspection, segment_steps: int) -> Training:
     from trainchain.core.models import Training
 
     chosen = found.dtype if recipe.bf16 == "auto" else ("bf16" if recipe.bf16 else "fp32")
@@ -311,6 +322,6 @@ def _training(recipe: Recipe, found: Inspection) -> Training:
         quantization="nf4" if recipe.adapter == "qlora" else "none",
         attention=found.attention,
         adapter_path=recipe.adapter_path,
-        segment_steps=recipe.segment_steps or -(-recipe.steps // 8),
+        segment_steps=segment_steps,
         seed=recipe.seed,
     )

@@ -7,6 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from trainchain.cli import audits
 from trainchain.cli.output import Output, fancy
 from trainchain.core import money
 
@@ -78,12 +79,17 @@ class Progress:
                 text = f"round {row['round']}  {done}/{self._recipe.shards} shards merged"
                 self._once(("merged", row["round"]), text + (f", and {late} of the round before" if late else ""))
             before = row["shards"]
+            for shard in row["shards"]:
+                audit = shard.get("audit")
+                if audit and audit["code"]:
+                    text = f"round {row['round']}  shard {shard['shard']} audited  {audits.standing(audit)}"
+                    self._once(("audited", row["round"], shard["shard"]), text)
 
     def _once(self, key: tuple[Any, ...], text: str) -> None:
         with self._lock:
             fresh = key not in self._said
             self._said.add(key)
-        if fresh and (self._live is None or key[0] != "accepted"):
+        if fresh and (self._live is None or key[0] not in ("accepted", "audited")):
             self._say(text)
 
     def _say(self, text: str) -> None:
@@ -111,6 +117,9 @@ class Progress:
         text.append(f"  {done}/{whole} shards  {time.monotonic() - self._began:.0f} s\n")
         text.append("held-out loss ").append(loss, "bold").append(f"   {speed:,.0f} tokens/s   earned ")
         text.append(f"{money.show(sum(earned.values()))} TRAIN", "green")
+        if view and (counts := audits.counted(view))["drawn"]:
+            text.append(f"   audited {counts['drawn'] - audits.pending(view)}/{counts['drawn']}")
+            text.append(f"  {counts['failed']} rejected" if counts["failed"] else "", "red")
         for name, event in sorted(workers.items()):
             text.append(f"\n  {name}  {_doing(event)}")
         return text
@@ -127,6 +136,8 @@ def _doing(event: dict[str, Any]) -> str:
             return f"round {event['round']}  shard {event['shard']}  starting"
         case "accepted":
             return f"round {event['round']}  shard {event['shard']}  accepted +{money.show(int(event['amount']))} TRAIN"
+        case "drawn" | "answered" | "auditing":
+            return "waiting for a verdict"
         case "waiting":
             return "waiting for a shard"
         case _:

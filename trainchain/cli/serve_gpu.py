@@ -12,6 +12,9 @@ def serve_gpu(
     hub: HubUrl = None,
     job: Annotated[str | None, typer.Option(metavar="JOB", help="Work for this job only.")] = None,
     shards: Annotated[int | None, typer.Option(min=1, help="Stop after this many shards.")] = None,
+    audit_only: Annotated[
+        bool, typer.Option("--audit-only", help="Train nothing: replay segments of others' for audits.")
+    ] = False,
     devices: Annotated[
         str | None, typer.Option(metavar="IDS", help="GPUs to use, as 0,1. Default: every one there is.")
     ] = None,
@@ -33,11 +36,14 @@ def serve_gpu(
 ) -> None:
     """Train shards for a hub and be paid for what is accepted. A wallet is made on first use.
 
+    After --shards it stays until what was handed in has its verdict; Ctrl-C leaves at once.
+
     \b
     Examples:
       trainchain serve-gpu --hub https://hub.example.org
       trainchain serve-gpu --hub http://127.0.0.1:7070 --shards 1 --json
       trainchain serve-gpu --devices 0,2 --checkpointing
+      trainchain serve-gpu --audit-only --job 0x7f3a9c
       trainchain serve-gpu --max-unsettled 12.5TRAIN
     """
     from trainchain.cli import gpu_process, parent
@@ -52,6 +58,7 @@ def serve_gpu(
         out,
         job=job,
         shards=shards,
+        audits_only=audit_only,
         threads=threads,
         devices=devices,
         checkpointing=checkpointing,

@@ -18,7 +18,7 @@ def serve_hub(
         str | None, typer.Option(metavar="URL", help="The RPC told to others. Default: --chain, if it holds no key.")
     ] = None,
     relay: Annotated[bool, typer.Option(help="Send workers' claims with this hub's gas. Own chain: always.")] = False,
-    evaluate: Annotated[bool, typer.Option(help="Measure the held-out loss in a child process.")] = True,
+    evaluate: Annotated[bool, typer.Option(help="Measure and audit in a child process of the hub's.")] = True,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of that child.")] = 1,
     home: Home = None,
     json_: JsonLines = False,

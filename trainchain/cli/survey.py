@@ -15,7 +15,8 @@ from trainchain.cli import hubs, wiring
 from trainchain.cli.hubs import Place
 from trainchain.cli.output import Output
 from trainchain.core.errors import TrainChainError
-from trainchain.core.models import Address, Amount, Count, Hash32, JobName, Model, Positive, parse
+from trainchain.core.messages import Lost, Verdicts
+from trainchain.core.models import Address, Amount, Count, Digest, Hash32, JobName, Model, Positive, parse
 from trainchain.core.rewards import VESTING
 
 if TYPE_CHECKING:
@@ -40,8 +41,21 @@ class Shard(Model):
     amount: Amount
     place: Positive
     accepted: float
+    audit: str | None
+    evidence: Digest | None
     state: str
     settlement: Count | None
+
+
+class Fees(Model):
+    """What replays for others earned."""
+
+    replays: Count
+    accepted: Amount
+    vested: Amount
+    forfeited: Amount
+    last: float | None
+    """When the last of them was done."""
 
 
 class Earned(Model):
@@ -55,6 +69,11 @@ class Earned(Model):
     accepted: Amount
     vested: Amount
     settled: Amount
+    forfeited: Amount
+    waits: Positive | None
+    """The first place that waits for a verdict."""
+    rejections: list[Lost]
+    fees: Fees
     shards: list[Shard]
 
 
@@ -93,7 +112,8 @@ class Failure:
 
 @dataclass
 class Found:
-    """One job: how the wallet stands in it, and in `accepted` and `vested` what this disk and the hub know of."""
+    """One job: how the wallet stands in it, and in `accepted` and `vested` what this disk and the hub know of that is
+    not forfeited, of shards and `fees` of replays alike."""
 
     job: str
     name: str
@@ -104,6 +124,8 @@ class Found:
     vested: int
     next_vests_after: int
     """How many more accepted shards the next of what is vesting waits for."""
+    verdicts: Verdicts
+    """What is known of verdicts on its shards."""
 
     @property
     def vesting(self) -> int:
@@ -316,9 +338,8 @@ def _bring_up_to_date(
     book, client = wiring.paybook_of(settings, wallet, chain, chain.job(job).hub), source.client
 
     def newest_voucher() -> None:
-        floor = book.vested(job)
-        answer = client.get(f"/v1/jobs/{job}/voucher", signed=True)
-        book.keep_voucher(job, answer.get("voucher"), book.earned(job) if answer.get("ended") is True else floor)
+        before = book.receipts(job)
+        book.keep_answer(job, client.get(f"/v1/jobs/{job}/voucher", signed=True), before)
 
     hubs.remember(settings, client)
     for bring in (newest_voucher, lambda: mirror.update(chain, job, wallet.address, client.object)):
@@ -355,11 +376,13 @@ def _look(
     because = redeem or ("" if source.client else "the hub does not answer")
     standing = plan(chain, wallet.address, known, bring, now=now, redeem=because)
     told = source.earned.get(job, {})
-    accepted = max(papers.earned(job), int(told.get("accepted", 0)))
+    fees = told.get("fees", {})
+    stands = sum(int(part.get("accepted", 0)) - int(part.get("forfeited", 0)) for part in (told, fees))
+    accepted = max(papers.earned(job), stands)
     vested = max(papers.vested(job), int(told.get("vested", 0)))
     places = [receipt.place for receipt in papers.receipts(job)] + [row["place"] for row in told.get("shards", [])]
     waits = min(VESTING, max(0, 1 + VESTING - max(places, default=0))) or 1
-    return Found(job, name, source, chain, standing, accepted, vested, waits)
+    return Found(job, name, source, chain, standing, accepted, vested, waits, papers.verdicts(job))
 
 
 def _no_wallet(settings: Settings) -> TrainChainError:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trainchain.cli.gather import Gathered, gather
 from trainchain.cli.options import Home, HubUrl, JobName, Json
 from trainchain.cli.output import Output
 from trainchain.core.errors import TrainChainError
@@ -16,16 +18,14 @@ from trainchain.core.money import show
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trainchain.chain.records import JobOnChain
-    from trainchain.core.balance import Balance, Settled
+    from trainchain.core.balance import Settled
     from trainchain.core.client import HubClient
-    from trainchain.core.history import Accepted, Chain, History, Receipt
-    from trainchain.core.models import ResolvedRecipe
+    from trainchain.core.history import Receipt
     from trainchain.core.recount import Finding, Leaves, Line
     from trainchain.core.rewards import Earned
 
 MAX_RECEIPT = 1 << 16
-AWAY = 3
+AMOUNTS = ("accepted", "forfeited", "vested", "settled", "paid")
 
 
 def verify(
@@ -55,8 +55,11 @@ def verify(
     settings = Settings.load(home, hub)
     job_id = delivery.job_named(settings, job)
     kept = _receipts(settings.home / "receipts" / job_id, out)
-    evidence = delivery.as_reader(settings, out, lambda client: gather(client, job_id, kept, rpc=chain))
-    document = report(evidence, out.line)
+
+    def recount(client: HubClient) -> dict[str, Any]:
+        return report(gather(client, job_id, kept, rpc=chain), out.line)
+
+    document = delivery.as_reader(settings, out, recount)
     found = [one for step in document["steps"] for one in step["findings"]]
     if found:
         more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
@@ -64,31 +67,6 @@ def verify(
         out.error(error, **document)
         raise typer.Exit(error.exit_code)
     out.result("all of it holds", document)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """All that a job's pay is recomputed from. The chain was read first and the hub's view on both sides of the
-    contributions: the job may go on meanwhile, and what is settled by then must be among what is told."""
-
-    recipe: ResolvedRecipe
-    chain: Chain
-    """Its `hub` is the job's on chain."""
-    escrow: JobOnChain
-    balance: Balance
-    before: History
-    rows: list[Accepted]
-    after: History
-    files: dict[int, Leaves | None]
-    """By the settlement's number; None for one that cannot be had, which `lacking` tells of."""
-    lacking: list[Finding]
-    kept: list[Receipt]
-    """Receipts of this home."""
-
-    @property
-    def hubs(self) -> set[str]:
-        """Who was the job's hub at any time, in lower case."""
-        return {hub.lower() for hub in self.balance.served(self.escrow.hub, self.escrow.grace)}
 
 
 @dataclass
@@ -110,55 +88,7 @@ class Step:
         return {"step": self.name, "holds": not self.findings, "says": self.says, "findings": found}
 
 
-def gather(client: HubClient, job_id: str, kept: list[Receipt], *, rpc: str | None = None) -> Evidence:
-    """Fetch what a job's pay is recomputed from. Raises TrainChainError: `chain.wrong`, `verify.chain` where the escrow
-    does not hold this job, `session.required` for a private job's contributions, or what the hub says."""
-    from trainchain.cli import delivery, wiring
-    from trainchain.core.balance import balance
-    from trainchain.core.history import read_history
-    from trainchain.core.models import ResolvedRecipe, parse
-    from trainchain.core.recount import CHAIN
-
-    chain = wiring.chain_of(client, rpc)
-    try:
-        escrow = wiring.escrow_job(chain, job_id)
-        log = balance(chain.events(job_id)) if escrow else None
-    finally:
-        chain.close()
-
-    def look() -> dict[str, Any]:
-        return client.get(f"/v1/jobs/{job_id}", signed=client.address is not None)
-
-    view = look()
-    if escrow is None or log is None:
-        if view.get("state") == "unfunded":
-            raise TrainChainError("job.unfunded", f"Job {job_id} was never funded: there is nothing to verify yet.")
-        raise TrainChainError(CHAIN, f"The escrow {chain.escrow} has no job {job_id}, and the hub tells of one.")
-    digest = escrow.spec_hash.removeprefix("0x")
-    if (view.get("job"), view.get("spec_hash")) != (job_id, digest):
-        told = str(view.get("spec_hash"))[:80]
-        raise TrainChainError(CHAIN, f"Job {job_id} is in escrow under the recipe {digest}; the hub tells of {told}.")
-    recipe = parse(ResolvedRecipe, client.object(digest), code="job.invalid", what=f"The recipe of {job_id}")
-    before = read_history(view, recipe)
-    rows = delivery.contributions(client, job_id, recipe)
-    after = read_history(look(), recipe)
-    read = delivery.chain_checks().leaves
-    files = {one.number: _leaves(client, one.number, one.data_hash, read) for one in log.settlements}
-    return Evidence(
-        recipe=recipe,
-        chain=delivery.chain_told(client).model_copy(update={"hub": escrow.hub}),
-        escrow=escrow,
-        balance=log,
-        before=before,
-        rows=rows,
-        after=after,
-        files={number: file for number, (file, _) in files.items()},
-        lacking=[finding for _, finding in files.values() if finding is not None],
-        kept=kept,
-    )
-
-
-def report(evidence: Evidence, say: Callable[[str], None]) -> dict[str, Any]:
+def report(evidence: Gathered, say: Callable[[str], None]) -> dict[str, Any]:
     """Recompute step by step, saying each as it is done; returns all of it as a document."""
     from trainchain.core.states import ENDED
 
@@ -176,6 +106,12 @@ def report(evidence: Evidence, say: Callable[[str], None]) -> dict[str, Any]:
     rows, step = _contributions(evidence)
     done(step)
     done(_verdicts(evidence))
+    done(_draws(evidence))
+    wrong, step = _evidence(evidence)
+    done(step)
+    fees, step = _forfeits(evidence, wrong)
+    done(step)
+    rows = [*rows, *fees]
     done(_leaves_step(evidence, rows, over=over))
     done(_roots(evidence))
     lines, step = _money(evidence, rows, over=over)
@@ -192,13 +128,13 @@ def report(evidence: Evidence, say: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def _recipe(evidence: Evidence) -> Step:
+def _recipe(evidence: Gathered) -> Step:
     chain = evidence.chain
     says = f"sha256 {evidence.recipe.spec_hash} stands in the escrow {chain.escrow} on chain {chain.chain_id}"
     return Step("recipe", says, [], ["the code there is that of TrainEscrow"])
 
 
-def _contributions(evidence: Evidence) -> tuple[list[Earned], Step]:
+def _contributions(evidence: Gathered) -> tuple[list[Earned], Step]:
     from trainchain.cli.delivery import chain_checks
     from trainchain.core.recount import earned
 
@@ -209,7 +145,7 @@ def _contributions(evidence: Evidence) -> tuple[list[Earned], Step]:
     return rows, Step("contributions", says, found)
 
 
-def _verdicts(evidence: Evidence) -> Step:
+def _verdicts(evidence: Gathered) -> Step:
     from trainchain.cli.delivery import chain_checks
     from trainchain.core.recount import promised, verdicts
 
@@ -221,7 +157,56 @@ def _verdicts(evidence: Evidence) -> Step:
     return Step("verdicts", f"{accepted} accepted by the hub's view, {len(evidence.rows)} told of{mine}", found)
 
 
-def _leaves_step(evidence: Evidence, rows: list[Earned], *, over: bool) -> Step:
+def _draws(evidence: Gathered) -> Step:
+    from trainchain.cli.delivery import chain_checks
+    from trainchain.core.rechecks import draws
+
+    found = draws(evidence.told, evidence.kept, chain_checks().recover)
+    secrets = sum(round_.secret is not None for round_ in evidence.before.rounds_done)
+    rounds = len(evidence.before.rounds_done)
+    says = f"{len(evidence.audits)} audits told of; the secrets of {secrets} of {rounds} rounds are published"
+    if not evidence.recipe.audited:
+        says = "this job's work is not audited" + (f", and {len(evidence.audits)} are told of" * bool(evidence.audits))
+    return Step("draws", says, found)
+
+
+def _evidence(evidence: Gathered) -> tuple[dict[str, float], Step]:
+    from trainchain.cli.delivery import chain_checks
+    from trainchain.core.rechecks import replays
+    from trainchain.core.states import TESTED
+
+    recover = chain_checks().recover
+    found = replays(evidence.told, recover)
+    if not evidence.documents:
+        return {}, Step("evidence", "no verdict yet", found)
+    from trainchain.core.evident import judge
+
+    judged = judge(evidence.told, evidence.documents, recover, evidence.fetch)
+    codes = Counter(audit.code for audit in evidence.audits if audit.code)
+    details = [f"{code}: {number}" for code, number in sorted(codes.items())]
+    details += [
+        f"round {audit.round}, shard {audit.shard}, by {audit.worker}: {audit.code}, evidence {audit.evidence}"
+        for audit in evidence.audits
+        if audit.rejects
+    ]
+    read = sum(document is not None for document in evidence.documents.values())
+    says = f"{read} of {len(evidence.documents)} verdicts decided again"
+    if read < len(evidence.documents) and evidence.before.state not in TESTED:
+        says += "; what passes is shown once the job is settled"
+    return judged.wrong, Step("evidence", says, found + judged.findings, details)
+
+
+def _forfeits(evidence: Gathered, wrong: dict[str, float]) -> tuple[list[Earned], Step]:
+    from trainchain.core.rechecks import fees, forfeited
+
+    found, (paid, more) = forfeited(evidence.told), fees(evidence.told, wrong)
+    lost = sum(row.receipt.amount for row in evidence.rows if row.forfeited is not None)
+    shards = sum(row.forfeited is not None for row in evidence.rows)
+    says = f"{shards} shards, {show(lost)} TRAIN; {len(paid)} replays earned {show(sum(r.amount for r in paid))} TRAIN"
+    return paid, Step("forfeits", says, found + more)
+
+
+def _leaves_step(evidence: Gathered, rows: list[Earned], *, over: bool) -> Step:
     from trainchain.core.recount import leaves, rules
 
     cap = evidence.escrow.round_cap
@@ -244,7 +229,7 @@ def _leaves_step(evidence: Evidence, rows: list[Earned], *, over: bool) -> Step:
     return Step("leaves", f"{len(read)} of {len(evidence.files)} leaves files recomputed", found, details)
 
 
-def _roots(evidence: Evidence) -> Step:
+def _roots(evidence: Gathered) -> Step:
     from trainchain.core.recount import OnChain, listed, roots
 
     settled = [OnChain(one.number, one.root, one.total) for one in evidence.balance.settlements]
@@ -253,7 +238,7 @@ def _roots(evidence: Evidence) -> Step:
     return Step("roots", says, found + listed(evidence.after.settlements, evidence.balance.settlements))
 
 
-def _money(evidence: Evidence, rows: list[Earned], *, over: bool) -> tuple[list[Line], Step]:
+def _money(evidence: Gathered, rows: list[Earned], *, over: bool) -> tuple[list[Line], Step]:
     from trainchain.core.recount import Sums, money, table
 
     log, escrow = evidence.balance, evidence.escrow
@@ -261,12 +246,9 @@ def _money(evidence: Evidence, rows: list[Earned], *, over: bool) -> tuple[list[
     lines = table(rows, last, log.paid, over=over)
     found = money(lines, log, Sums(escrow.funded, escrow.refunded, escrow.total, escrow.claimed))
     says = f"{show(log.claimed)} paid of {show(log.settled)} settled of {show(log.funded)} TRAIN funded"
-    head = f"{'worker':<42} {'shards':>6}" + "".join(
-        f" {name:>20}" for name in ("accepted", "vested", "settled", "paid")
-    )
+    head = f"{'worker':<42} {'shards':>6}" + "".join(f" {name:>20}" for name in AMOUNTS)
     shown = [
-        f"{line.account:<42} {line.shards:>6}"
-        + "".join(f" {show(amount):>20}" for amount in (line.accepted, line.vested, line.settled, line.paid))
+        f"{line.account:<42} {line.shards:>6}" + "".join(f" {show(getattr(line, name)):>20}" for name in AMOUNTS)
         for line in lines
     ]
     return lines, Step("money", says, found, [head, *shown] if lines else [])
@@ -279,24 +261,8 @@ def _settlement(one: Settled, file: Leaves | None) -> dict[str, Any]:
 
 
 def _shown(line: Line) -> dict[str, Any]:
-    amounts = {name: str(getattr(line, name)) for name in ("accepted", "vested", "settled", "paid")}
+    amounts = {name: str(getattr(line, name)) for name in AMOUNTS}
     return {"account": line.account, "shards": line.shards, **amounts}
-
-
-def _leaves(
-    client: HubClient, number: int, data_hash: str, read: Callable[[bytes], Leaves]
-) -> tuple[Leaves | None, Finding | None]:
-    """A settlement's leaves file, by the digest that stands on chain. A hub that is away is no finding."""
-    from trainchain.core.recount import LEAVES, Finding
-
-    digest = data_hash.removeprefix("0x")
-    try:
-        return read(client.object(digest)), None
-    except TrainChainError as error:
-        if error.exit_code == AWAY:
-            raise
-        says = f"The leaves file of settlement {number}, {digest} on chain, cannot be had: {error.message}"
-        return None, Finding(LEAVES, says)
 
 
 def _receipts(folder: Path, out: Output) -> list[Receipt]:

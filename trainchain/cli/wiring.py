@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from trainchain.core.seal import ExchangeKey
     from trainchain.core.settings import Settings
     from trainchain.core.worker.dues import Closes, Look
+    from trainchain.core.worker.handing import SignTyped
     from trainchain.core.worker.paybook import Paybook, Signed
 
 
@@ -134,14 +135,14 @@ def escrow_job(chain: ChainClient, job_id: str) -> JobOnChain | None:
         raise
 
 
-def contribution_signer(wallet: Wallet, chain: ChainClient) -> Any:
-    """Signs contributions for this chain's escrow."""
+def work_signer(wallet: Wallet, chain: ChainClient) -> SignTyped:
+    """Signs contributions and replays for this chain's escrow."""
     from trainchain.chain import eip712
 
     domain = eip712.Domain(chain.chain_id, chain.escrow)
 
-    def sign(message: Mapping[str, Any]) -> str:
-        return eip712.sign(domain, "Contribution", message, wallet)
+    def sign(kind: str, message: Mapping[str, Any]) -> str:
+        return eip712.sign(domain, kind, message, wallet)
 
     return sign
 

@@ -203,6 +203,8 @@ def test_a_hub_that_is_gone_is_not_needed(town: Town, anna: Earner, mirrored: bo
     assert all("the hub does not answer" in row["from"] for row in done["claims"] if row["kind"] == "voucher")
     assert anna.totals() == {
         "accepted": amount + sum(amounts),
+        "forfeited": 0,
+        "held": 0,
         "vesting": sum(amounts[2:]),
         "settling": 0,
         "claimable": 0,
@@ -298,6 +300,8 @@ def test_earnings_say_of_each_shard_where_its_pay_is(town: Town, anna: Earner) -
         assert row.accepted == row.vesting + row.settling + row.claimable + row.claimed
     assert anna.totals() == {
         "accepted": whole + sum(amounts),
+        "forfeited": 0,
+        "held": 0,
         "vesting": sum(amounts[1:]),
         "settling": amounts[0],
         "claimable": 0,

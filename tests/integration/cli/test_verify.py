@@ -108,7 +108,7 @@ def test_an_honest_job_holds_while_it_runs_and_at_its_end(town: Town, desk: Desk
     assert [said.code for said in (fresh, running, ended)] == [0, 0, 0], (fresh.err, running.err, ended.err)
     assert [len(said.document["settlements"]) for said in (fresh, running, ended)] == [0, 1, 4]
     assert [step["step"] for step in ended.document["steps"]] == [
-        "recipe", "contributions", "verdicts", "leaves", "roots", "money"
+        "recipe", "contributions", "verdicts", "draws", "evidence", "forfeits", "leaves", "roots", "money"
     ]  # fmt: skip
     assert ended.document["ok"] is True
     assert all(step["holds"] for step in ended.document["steps"])
@@ -165,7 +165,7 @@ def test_each_step_is_a_line_and_every_worker_too(town: Town, desk: Desk) -> Non
     assert code == 0
     lines = text.splitlines()
     assert [line.split()[0] for line in lines if not line.startswith(" ")] == [
-        "job", "recipe", "contributions", "verdicts", "leaves", "roots", "money", "all"
+        "job", "recipe", "contributions", "verdicts", "draws", "evidence", "forfeits", "leaves", "roots", "money", "all"
     ]  # fmt: skip
     assert any(line.startswith(f"  {anna.address}") for line in lines)
     assert f"  settlement {town.chain.settlements(job.id)[0].round}: 1 leaves" in text
