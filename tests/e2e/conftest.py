@@ -139,7 +139,7 @@ def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_recipe(folder: Path, name: str, **changes: Any) -> Path:
-    """A small recipe in the folder of a job; `changes` replace its keys."""
+    """A small recipe in the folder of a job, without audits; `changes` replace its keys."""
     keys = {
         "name": name,
         "base_model": "./base",
@@ -156,6 +156,7 @@ def write_recipe(folder: Path, name: str, **changes: Any) -> Path:
         "shards": 2,
         "steps": 3,
         "pay": {"per_million_tokens": "2.50", "budget": "1"},
+        "check": {"auditors": "none"},
         **changes,
     }
     path = folder / f"{name}.yaml"

@@ -8,7 +8,9 @@ from tests.e2e.conftest import Machine, write_recipe
 
 def test_owner_and_two_workers_by_hand(machine: Machine, tiny_job: Path) -> None:
     hub, url = machine.start_hub()
-    recipe = write_recipe(tiny_job, "by-hand", samples=["Who wrote this?", "Where do fish live?"], sample_tokens=8)
+    recipe = write_recipe(
+        tiny_job, "by-hand", check={}, samples=["Who wrote this?", "Where do fish live?"], sample_tokens=8
+    )
     workers = [machine.start(name, "serve-gpu", "--hub", url, "--threads", "1") for name in ("ada", "bob")]
     for worker in workers:  # both ask for work before there is any, so that each gets some
         worker.wait_for(lambda event: event["event"] == "serving")

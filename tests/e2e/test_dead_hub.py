@@ -84,6 +84,8 @@ def test_a_hub_that_dies_for_ever_costs_at_most_the_vesting_pay(machine: Machine
     told = machine.answer("ada", "earnings")
     assert {name: int(amount) for name, amount in told["total"].items()} == {
         "accepted": whole + sum(amounts),
+        "forfeited": 0,
+        "held": 0,
         "vesting": sum(amounts[-VESTING:]),
         "settling": 0,
         "claimable": 0,

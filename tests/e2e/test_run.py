@@ -50,6 +50,20 @@ def test_every_unit_of_the_budget_is_accounted_for(finished: dict[str, Any]) -> 
     assert all(worker["claimed"] == worker["reward"] for worker in document["workers"])
 
 
+def test_one_worker_is_audited_by_the_hub_s_own_child(machine: Machine, tiny_job: Path) -> None:
+    recipe = write_recipe(tiny_job, "audited-alone", check={}, shards=1, rounds=1, steps=8)
+
+    done = machine.run("me", "run", str(recipe), "--workers", "1", "--keep", "state", "--json")
+
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["audits"] == {"drawn": 1, "passed": 1, "failed": 0, "unaudited": 0}
+    assert "1 of 1 shards audited, all passed\n" in done.stderr
+    money = {name: int(value) for name, value in document["escrow"].items()}
+    assert money["claimed"] + money["claimable"] + money["refundable"] == 10**18
+    assert money["claimable"] == 0, "what its replay earned the hub's child is claimed, too"
+
+
 def test_hub_leaves_file_and_chain_hold_the_same_amounts(finished: dict[str, Any]) -> None:
     document = finished["document"]
     home = finished["folder"] / "state" / "hub"
