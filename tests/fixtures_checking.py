@@ -131,6 +131,7 @@ class Yard:
     def __init__(self, town: Town) -> None:
         self.town = town
         self.data: dict[str, int] = {}
+        self.begun: dict[str, State] = {}
         self.ringers(False)
 
     def ringers(self, given: bool) -> None:
@@ -257,16 +258,19 @@ class Yard:
             start = self.start(auditor, offer, job)
         else:
             start = read_state(auditor.fetch(offer["state"]), ENDS[segment - 1], SHAPES)
+        self.begun[offer["lease"]] = start
         return train_one(start, segment, self.data[offer["target"]])
 
     def signed(self, auditor: Person, offer: Mapping[str, Any], end: State, /, **changes: Any) -> dict[str, Any]:
         segment, target = offer["segment"], bytes.fromhex(offer["target"][2:])
+        start = self.begun[offer["lease"]]
         message = {
             "jobId": offer["job"],
             "lease": offer["lease"],
             "target": offer["target"],
             "segment": segment,
             "auditor": auditor.address,
+            "startLeaf": "0x" + leaf(target, segment, start.t, state_digests(start)).hex(),
             "endLeaf": "0x" + leaf(target, segment + 1, end.t, state_digests(end)).hex(),
             "numericClass": "test",
             **changes,

@@ -135,19 +135,19 @@ class FakeChild:
         assert self.recipe is not None
         start, segment = read_adapter(Path(request["start"])), request["segment"]
         planned = self.planned(op="replay", round=request["round"])
-        how = {"micro_tokens": self.micro_tokens, "seconds": 0.5, "numeric_class": "fake"}
-        if planned == "train.diverged":
-            return {"event": "done", "state": None, "end_leaf": NO_END, **how}
-        self.fail(planned)
-        before = start_state(start)
+        before, target = start_state(start), bytes.fromhex(request["target"][2:])
         if request["state"] is not None:
             t = steps_at(segment, self.recipe.steps, self.recipe.training.segment_steps)
             before = read_state(Path(request["state"]).read_bytes(), t, tensor_specs(start))
+        how = {"micro_tokens": self.micro_tokens, "seconds": 0.5, "numeric_class": "fake"}
+        how["start_leaf"] = "0x" + leaf(target, segment, before.t, state_digests(before)).hex()
+        if planned == "train.diverged":
+            return {"event": "done", "state": None, "end_leaf": NO_END, **how}
+        self.fail(planned)
         end = self.walk(request, before, segment, float(self.planned(op="move") or 0.0))
         out = Path(request["out"]) / "state.safetensors"
         out.write_bytes(state_bytes(end))
         say({"event": "step", "step": end.t, "steps": self.recipe.steps, "tokens": 9, "loss": 2.0})
-        target = bytes.fromhex(request["target"][2:])
         return {
             "event": "done",
             "state": str(out),

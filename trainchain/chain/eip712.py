@@ -59,6 +59,7 @@ TYPES: dict[str, list[tuple[str, str]]] = {
         ("bytes32", "target"),
         ("uint64", "segment"),
         ("address", "auditor"),
+        ("bytes32", "startLeaf"),
         ("bytes32", "endLeaf"),
         ("string", "numericClass"),
     ],

@@ -252,6 +252,8 @@ class _Case:
             yield f"rests on {who} that it did not sign"
         if (given.jobId, given.target, given.segment) != (self._told.job, self._audit.lease, self._audit.segment):
             yield f"rests on {who} of something else"
+        if given.startLeaf != "0x" + self._leaves.get(self._audit.segment, b"").hex():
+            yield f"rests on {who} that started from something else than what was opened"
         if given.auditor.lower() == self._audit.worker.lower():
             yield f"rests on {who}, who contributed it"
         claim = self._leaves.get(self._index, b"")

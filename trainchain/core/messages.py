@@ -94,13 +94,15 @@ class Answer(Model):
 
 class Replay(Model):
     """What an auditor got: the EIP-712 fields in their signed order. `lease` is the auditor's, `target` the
-    contribution's; `endLeaf` is the leaf that the replayed end would have in the target's tree."""
+    contribution's; `startLeaf` and `endLeaf` are the leaves that what it trained from and what it got would have in
+    the target's tree."""
 
     jobId: Hash32
     lease: Hash32
     target: Hash32
     segment: Count
     auditor: Address
+    startLeaf: Hash32
     endLeaf: Hash32
     numericClass: Annotated[str, Field(max_length=200)]
 

@@ -15,7 +15,7 @@ from tests.integration.cli.test_verify import Desk, Said, doctored
 from trainchain.cli import delivery
 from trainchain.core.digests import canonical_json
 from trainchain.core.evidence import Evidence
-from trainchain.core.hub import auditors, earnings, schema, shows, states
+from trainchain.core.hub import auditors, earnings, replays, schema, shows, states
 from trainchain.core.rewards import VESTING, replay_fee
 from trainchain.core.segments import state_bytes
 
@@ -259,7 +259,10 @@ def test_a_verdict_without_evidence_and_one_on_a_forged_replay_are_named(town: T
     only(desk.verify(job), "verify.evidence", "did not sign", "takes a replay by")
 
 
-def test_a_start_that_its_worker_did_not_open_is_named(town: Town, yard: Yard, desk: Desk) -> None:
+def test_a_start_that_its_worker_did_not_open_is_named(
+    town: Town, yard: Yard, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replays, "_insist_signed", lambda *_: None)  # a hub that would frame a worker
     job, anna = town.publish(rounds=1, shards=2, check=CHECKED), town.person()
     work = yard.work(anna, job, segment=1)
     yard.answer(work)
@@ -273,7 +276,12 @@ def test_a_start_that_its_worker_did_not_open_is_named(town: Town, yard: Yard, d
     finish(yard, job, town.person())
 
     assert yard.verdict(work) == ("failed", "audit.differs")
-    only(desk.verify(job), "verify.evidence", "rests on a state 1 that is not the one opened under the signed root")
+    framed = [
+        "rests on a state 1 that is not the one opened under the signed root",
+        f"rests on a replay by {job.owner.address} that started from something else than what was opened",
+        f"rests on a replay by {yard.operator.address} that started from something else than what was opened",
+    ]
+    only(desk.verify(job), "verify.evidence", *framed)
 
 
 @pytest.mark.parametrize(

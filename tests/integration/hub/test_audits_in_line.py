@@ -241,6 +241,7 @@ REFUSED = {
     "target": "0x" + "33" * 32,
     "segment": 77,
     "auditor": "0x" + "44" * 20,
+    "startLeaf": "0x" + "55" * 32,
 }
 
 

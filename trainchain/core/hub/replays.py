@@ -102,9 +102,11 @@ def keep_state(hub: Hub, lease: Row, index: int, spool: Spool) -> dict[str, Any]
 
 
 def _insist_signed(hub: Hub, case: Case, replay: Row, signed: SignedReplay) -> None:
-    given = signed.replay
-    wanted = {"jobId": case.job["id"], "lease": replay["lease"], "target": replay["audit"]}
-    wanted |= {"segment": case.audit["segment"]}
+    given, segment = signed.replay, case.audit["segment"]
+    start = opened(case.audit["answer"], segment)
+    assert start is not None
+    wanted = {"jobId": case.job["id"], "lease": replay["lease"], "target": replay["audit"], "segment": segment}
+    wanted |= {"startLeaf": leaf_at(case, segment, start)}
     for name, value in wanted.items():
         if getattr(given, name) != value:
             raise TrainChainError("replay.invalid", f"The replay's {name} is {getattr(given, name)}, not {value}.")

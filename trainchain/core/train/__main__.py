@@ -145,7 +145,12 @@ class Child:
         else:
             before = read_state(Path(path).read_bytes(), ends[0], tensor_specs(start))
         block = _unsealed(request)
-        how = {"micro_tokens": engine.micro_tokens, "numeric_class": engine.numeric_class}
+        target = bytes.fromhex(request["target"].removeprefix("0x"))
+        how = {
+            "start_leaf": "0x" + leaf(target, segment, before.t, state_digests(before)).hex(),
+            "micro_tokens": engine.micro_tokens,
+            "numeric_class": engine.numeric_class,
+        }
         try:
             end = engine.replay(before, request["round"], request["shard"], segment, self._on_step, block=block)
         except TrainChainError as error:
@@ -155,7 +160,6 @@ class Child:
         state = Path(request["out"]) / STATE_FILE
         if engine.leads:
             _publish(state, state_bytes(end))
-        target = bytes.fromhex(request["target"].removeprefix("0x"))
         return {
             "event": "done",
             "state": str(state),

@@ -91,6 +91,7 @@ def replay(lease: Lease, asked: Asked, auditor: str, result: Mapping[str, Any], 
         "target": asked.target,
         "segment": asked.segment,
         "auditor": auditor,
+        "startLeaf": result["start_leaf"],
         "endLeaf": result["end_leaf"],
         "numericClass": str(result["numeric_class"])[: LONGEST_CLASS - len(mark)] + mark,
     }
