@@ -30,7 +30,15 @@ def test_what_is_pushed_is_whole_and_private_and_says_what_is_so(trained: Traine
     assert pushed["commit"] == hub.head("me/bot")
     assert hub.repos["model", "me/bot"].private
     assert pushed["url"].endswith("/me/bot")
-    inside = ("README", "contributions.json", "leaves-2.json", "leaves-3.json", "losses.json", "manifest.json")
+    inside = (
+        "README",
+        "contributions.json",
+        "fees.json",
+        "leaves-2.json",
+        "leaves-3.json",
+        "losses.json",
+        "manifest.json",
+    )
     named = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     named |= {f"trainchain/{name}" for name in (*inside, "recipe.json", "settlements.json")}
     assert set(files) == named | {".gitattributes"}
