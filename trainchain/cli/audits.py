@@ -9,6 +9,7 @@ from trainchain.cli.wiring import short
 from trainchain.core import money
 from trainchain.core.errors import TrainChainError
 from trainchain.core.evidence import REJECTS, Evidence, Measured, ReplayEvidence
+from trainchain.core.markdown import count
 from trainchain.core.models import parse
 from trainchain.core.states import PENDING, Audit
 
@@ -49,7 +50,9 @@ def describe(event: dict[str, Any]) -> str:
             done = f"{event['tokens']:,} tokens in {event['seconds']:.1f} s"
             return f"replayed {where}  segment {event['segment']}  {done}{fee}"
         case "audited" if event["code"] in REJECTS:
-            lost = f"{money.show(int(event['forfeited']))} TRAIN forfeited."
+            known = event["forfeited"] is not None
+            what = f"{money.show(int(event['forfeited']))} TRAIN" if known else "What had not vested in this job is"
+            lost = f"{what} forfeited."
             return f"REJECTED {where}  {WORDS[event['code']].partition(': ')[2]}. {lost} {event['hint']}"
         case "audited":
             return f"audited  {where}  {standing(event)}"
@@ -136,7 +139,7 @@ def in_words(document: dict[str, Any]) -> str:
         f"claimed  round {given.round} shard {given.shard} by {evidence.worker}, lease {given.lease}",
         f"         delta {given.deltaHash}",
         f"         states {given.stateRoot}, {given.numericClass}",
-        f"drawn    segment {evidence.segment}, with {evidence.at_risk} shards at risk",
+        f"drawn    segment {evidence.segment}, with {count(evidence.at_risk, 'shard')} at risk",
     ]
     if evidence.expected or evidence.found:
         lines.append(f"found    {evidence.found}")

@@ -82,6 +82,12 @@ def _ask(device: str | None, threads: int) -> dict[str, Any]:
         last = said[-1][:300] if said else "without a word"
         raise TrainChainError("train.child_died", f"The training process ended with {process.returncode}: {last}")
     found: dict[str, Any] = json.loads(process.stdout)
+    if device is not None and any(part.get("numeric_class", "").startswith("cpu-") for part in found["precisions"]):
+        raise TrainChainError(
+            "train.unsupported",
+            f"PyTorch sees no GPU {device} on this machine.",
+            hint="nvidia-smi -L  lists them. PyTorch's CPU build sees none.",
+        )
     return found
 
 

@@ -67,7 +67,9 @@ def show(
     out = Output(json_mode=json_)
     settings = Settings.load(home, hub)
     if lease is not None and not evidence:
-        raise TrainChainError("usage.flag", f"What is {lease[:80]!r} for?", hint="jobs show JOB --evidence LEASE")
+        raise TrainChainError(
+            "usage.flag", f"What is {lease[:80]!r} for?", hint="trainchain jobs show JOB --evidence LEASE"
+        )
     client = wiring.hub_client(settings)
     view = client.get(f"/v1/jobs/{wiring.job_id_of(client, settings, job)}")
     if evidence:

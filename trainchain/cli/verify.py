@@ -13,6 +13,7 @@ from trainchain.cli.gather import Gathered, gather
 from trainchain.cli.options import Home, HubUrl, JobName, Json
 from trainchain.cli.output import Output
 from trainchain.core.errors import TrainChainError
+from trainchain.core.markdown import count
 from trainchain.core.money import show
 
 if TYPE_CHECKING:
@@ -141,7 +142,8 @@ def _contributions(evidence: Gathered) -> tuple[list[Earned], Step]:
     args = (evidence.recipe, evidence.after.job, evidence.chain, evidence.rows, chain_checks().recover)
     rows, found = earned(*args, hubs=evidence.hubs)
     workers, total = len({row.worker for row in rows}), sum(row.amount for row in rows)
-    says = f"{len(rows)} of {workers} workers, each with its receipt: {show(total)} TRAIN by the recipe's prices"
+    says = f"{count(len(rows), 'shard')} by {count(workers, 'worker')}, each with its receipt: "
+    says += f"{show(total)} TRAIN by the recipe's prices"
     return rows, Step("contributions", says, found)
 
 

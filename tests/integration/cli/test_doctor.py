@@ -82,6 +82,14 @@ def test_a_machine_that_computes_something_else_is_told_so(tmp_path: Path) -> No
     assert [bool(each["beyond"]) for each in segments] == [False, True]
 
 
+@pytest.mark.long
+def test_a_gpu_that_is_not_there_is_no_processor() -> None:
+    code, said, talk = doctor("--calibrate", "--devices", "7")
+
+    assert (code, said) == (1, "")
+    assert "PyTorch sees no GPU 7 on this machine." in talk
+
+
 def test_without_a_word_it_says_what_it_can_do() -> None:
     code, _, talk = doctor()
 

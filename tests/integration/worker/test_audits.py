@@ -10,6 +10,7 @@ import pytest
 
 from tests.fixtures_hub import STEPS, Job, Town
 from tests.integration.worker.conftest import Bench
+from trainchain.cli.audits import describe
 from trainchain.core.client import HubClient
 from trainchain.core.errors import TrainChainError
 from trainchain.core.hub import audits, schema
@@ -211,6 +212,38 @@ def test_silence_is_told_with_what_it_cost(town: Town, bench: Bench) -> None:
     assert (verdict["state"], verdict["code"]) == ("failed", "audit.silent")
     assert int(verdict["forfeited"]) > 0
     assert kept(bench) == []
+
+
+def test_without_its_evidence_a_rejection_does_not_say_that_nothing_was_lost(town: Town, bench: Bench) -> None:
+    job = publish(town)
+    with pytest.raises(Interrupted):
+        bench.work(job.id, on_event=stop_at("drawn"))
+    with town.hub.store.write() as db:
+        db.execute(schema.audits.update().where(schema.audits.c.job == job.id).values(answer_by=town.clock() - 1))
+    assert audits.tick(town.hub)
+    with town.hub.store.write() as db:
+        db.execute(schema.audits.update().where(schema.audits.c.job == job.id).values(evidence=None))
+
+    bench.worker(job=job.id).run(Quota(0))
+
+    (verdict,) = bench.told("audited")
+    assert verdict["forfeited"] is None
+    assert "What had not vested in this job is forfeited." in describe(verdict)
+
+
+def test_a_note_that_cannot_be_read_is_named_once(town: Town, bench: Bench) -> None:
+    job = publish(town)
+    with pytest.raises(Interrupted):
+        bench.work(job.id, on_event=stop_at("drawn"))
+    (note,) = kept(bench)
+    note.write_bytes(b"{")
+
+    bench.worker(job=job.id).run(Quota(0))
+
+    (failed,) = bench.told("failed")
+    assert failed["code"] == "state.invalid"
+    assert str(note.parent) in failed["message"]
+    assert note.exists(), "somebody may still mend it"
 
 
 def test_a_draw_is_not_forgotten_by_a_device_that_looked_before_another_heard_of_it(

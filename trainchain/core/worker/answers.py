@@ -93,6 +93,7 @@ class Answers:
         """What was refused: when it is tried again, and how long is waited after that."""
         self._waits: list[tuple[Audited, Handed]] = []
         self._told: set[str] = set()
+        self._unread: set[Path] = set()
 
     @contextmanager
     def handing_in(self, place: Path, lease: Lease, recipe: ResolvedRecipe) -> Iterator[None]:
@@ -161,6 +162,11 @@ class Answers:
         """The places of this hub's work that a verdict may be due on."""
         for path in sorted(self._folder.glob(f"*/*/*/{DRAW}")):
             note = _read(path.parent)
+            if note is None and path not in self._unread and path.exists():
+                self._unread.add(path)
+                error = _torn(path.parent, ValueError(f"{DRAW} is damaged"))
+                told = {"code": error.code, "message": error.message, "hint": error.hint}
+                self._tell("failed", lease=None, job=None, **told, unable=False)
             if note is not None and Ties(note.chain_id, note.escrow, note.hub) == self._ties:
                 yield path.parent, note
 
@@ -179,10 +185,9 @@ class Answers:
             yield row, note
             return
         remove(place)
-        lost = self._lost(row) if row.state == Audit.FAILED else 0
         self._tell(
             "audited", **_place_of(note.lease), state=str(row.state), code=row.code, evidence=row.evidence,
-            forfeited=str(lost), hint=f"trainchain jobs show {row.job[:12]} --evidence {row.lease}",
+            forfeited=self._lost(row), hint=f"trainchain jobs show {row.job[:12]} --evidence {row.lease}",
         )  # fmt: skip
 
     def _answer(self, place: Path, note: Handed, row: Audited) -> None:
@@ -221,14 +226,16 @@ class Answers:
         _write(place, note.model_copy(update={"answer": answer}))
         return answer
 
-    def _lost(self, row: Audited) -> int:
-        """What a rejection cost, by its evidence."""
+    def _lost(self, row: Audited) -> str | None:
+        """What a verdict cost; of a rejection its evidence says it, and None where that cannot be had."""
+        if row.state != Audit.FAILED:
+            return "0"
         try:
             found = self._client.get(f"/v1/jobs/{row.job}/evidence/{row.lease}", signed=True)
             lost = parse(Lost, found, code="hub.not_a_hub", what="The evidence").forfeits
         except TrainChainError:
-            return 0
-        return lost.amount if lost else 0
+            return None
+        return str(lost.amount) if lost else None
 
 
 def start_digests(recipe: ResolvedRecipe, start: Start) -> StateDigests:

@@ -44,7 +44,9 @@ def chosen(text: str) -> list[str]:
     ids = [part.strip() for part in text.split(",")]
     if not all(ID.fullmatch(one) for one in ids) or len(set(ids)) < len(ids):
         raise TrainChainError(
-            "usage.flag", f"--devices {text} is not a list of different GPU ids.", hint="serve-gpu --devices 0,1"
+            "usage.flag",
+            f"--devices {text} is not a list of different GPU ids.",
+            hint="trainchain serve-gpu --devices 0,1",
         )
     return ids
 
