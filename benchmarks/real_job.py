@@ -407,29 +407,33 @@ def time_figures(found: dict[str, Any], peer: PeerResult) -> list[report.Figure]
 
 
 def byte_figures(found: dict[str, Any]) -> list[report.Figure]:
-    """Bodies of all requests and answers of the workers, heartbeats and leases among them."""
+    """Bodies of all requests and answers of the workers, heartbeats and leases among them; what audits want of them
+    apart."""
     sent, encoded = found["bytes"], found["bytes"]["adapter"]
     accepted = sum(row["accepted"] for row in found["rounds"])
     fetchers = sum(worker["accepted"] > 0 for worker in found["workers"])
-    up = sent["up"] / accepted
+    up = (sent["up"] - sent["audits"]) / accepted
     down = (sent["down"] - fetchers * (sent["base_and_data"] - encoded)) / accepted
     return [
         report.Figure("contributions accepted", accepted, "shards"),
         report.Figure("encoded adapter", encoded, "bytes"),
         report.Figure("bytes up, per contribution", round(up), "bytes"),
+        report.Figure("bytes up for audits, per contribution", round(sent["audits"] / accepted), "bytes"),
         report.Figure("bytes down, per contribution, without base and data", round(down), "bytes"),
         report.at_most("bytes up against the encoded adapter", up / encoded, "x", 1.05, peer="Flower 1.67"),
     ]
 
 
 def money_figure(plan: Plan, found: dict[str, Any]) -> report.Figure:
-    """Every unit of the budget is claimed, claimable or refundable, and the workers' claims are those on chain."""
+    """Every unit of the budget is claimed, claimable or refundable, and what workers and auditors earned is what was
+    claimed."""
     from trainchain.core import money
 
     escrow = {name: int(units) for name, units in found["escrow"].items()}
     total = escrow["claimed"] + escrow["claimable"] + escrow["refundable"]
     budget = money.parse(plan.recipe()["pay"]["budget"])
     claims = sum(int(worker["claimed"]) for worker in found["workers"])
+    claims += sum(int(auditor["fees"]) for auditor in found["auditors"])
     holds = total == escrow["funded"] == budget and claims == escrow["claimed"]
     names = ("claimed", "claimable", "refundable")
     parts = " + ".join(f"{money.show(escrow[name])} {name}" for name in names)

@@ -210,6 +210,7 @@ def test_a_made_up_class_does_not_choose_the_auditor(yard: Yard, town: Town, mon
         work = yard.work(town.person(), job, drawn=True, cheat=forged, numericClass="ours alone")
         yard.answer(work)
         if (offer := yard.take(friend, job)) is not None:
+            yard.replayed(friend, job, offer)  # only for the start, which it signs
             yard.send(friend, offer, work.states[offer["segment"] + 1], numericClass="ours alone")
         passed.append(yard.verdict(work)[1] == "audit.passed")
 

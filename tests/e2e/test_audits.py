@@ -46,7 +46,7 @@ def test_honest_work_passes_and_its_evidence_is_told_in_words(machine: Machine, 
         pass  # until then auditors may be tested with what has passed
     words = machine.run("owner", "jobs", "show", job, "--evidence", row["lease"][:12], hub=url)
     assert words.stdout.startswith("audit.passed  What was replayed is what was contributed.\n"), words.stderr
-    for expected in (f"segment {row['segment']}, with 1 shards at risk", "the same to the last bit", replay["auditor"]):
+    for expected in (f"segment {row['segment']}, with 1 shard at risk", "the same to the last bit", replay["auditor"]):
         assert expected in words.stdout
     document = machine.answer("owner", "jobs", "show", job, "--evidence", row["lease"], hub=url)
     assert document["code"] == "audit.passed"

@@ -46,7 +46,8 @@ def test_every_unit_of_the_budget_is_accounted_for(finished: dict[str, Any]) -> 
     money = {name: int(value) for name, value in document["escrow"].items()}
 
     assert money["claimed"] + money["claimable"] + money["refundable"] == 10**18
-    assert money["claimed"] == sum(int(worker["claimed"]) for worker in document["workers"])
+    fees = sum(int(auditor["fees"]) for auditor in document["auditors"])
+    assert money["claimed"] == sum(int(worker["claimed"]) for worker in document["workers"]) + fees
     assert all(worker["claimed"] == worker["reward"] for worker in document["workers"])
 
 
@@ -62,6 +63,11 @@ def test_one_worker_is_audited_by_the_hub_s_own_child(machine: Machine, tiny_job
     money = {name: int(value) for name, value in document["escrow"].items()}
     assert money["claimed"] + money["claimable"] + money["refundable"] == 10**18
     assert money["claimable"] == 0, "what its replay earned the hub's child is claimed, too"
+    (auditor,) = document["auditors"]
+    assert auditor["replays"] == 1
+    assert int(auditor["fees"]) > 0
+    assert money["claimed"] == sum(int(worker["claimed"]) for worker in document["workers"]) + int(auditor["fees"])
+    assert "  1 replay  earned " in done.stderr
 
 
 def test_hub_leaves_file_and_chain_hold_the_same_amounts(finished: dict[str, Any]) -> None:

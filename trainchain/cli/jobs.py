@@ -10,6 +10,7 @@ from trainchain.cli.options import Home, HubUrl, JobName, Json
 from trainchain.cli.output import Output
 from trainchain.core import money
 from trainchain.core.errors import TrainChainError
+from trainchain.core.markdown import count
 
 if TYPE_CHECKING:
     from trainchain.core.client import HubClient
@@ -189,6 +190,10 @@ def describe(view: dict[str, Any]) -> str:
             lines.append(f"  shard {shard['shard']:<3} {shard['state']:<9} {shard['tokens']:>8,} tokens  {who}  {tail}")
     for address, worker in view["workers"].items():
         lines.append(f"worker {address}  {worker['accepted']} accepted  {money.show(int(worker['reward']))} TRAIN")
+    for address, auditor in view["auditors"].items():
+        lines.append(
+            f"auditor {address}  {count(auditor['replays'], 'replay')}  {money.show(int(auditor['fees']))} TRAIN"
+        )
     for row in view["settlements"]:
         lines.append(f"settlement {row['round']}  total {money.show(int(row['total']))} TRAIN  tx {short(row['tx'])}")
     if money_held := view.get("money"):

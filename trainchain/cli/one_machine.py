@@ -20,6 +20,7 @@ from trainchain.cli.progress import Progress
 from trainchain.cli.workers import Fleet, drain
 from trainchain.core import money
 from trainchain.core.errors import TrainChainError
+from trainchain.core.markdown import count
 from trainchain.core.settings import write_private
 
 if TYPE_CHECKING:
@@ -103,8 +104,9 @@ def run(recipe_path: Path, keep: Path | None, home: Path, workers: int, output: 
     document["samples"] = pulled["samples"]
     document["pushed"] = pushed
     document["bytes"] = {
-        "up": sum(up for up, _ in fleet.traffic.values()),
-        "down": sum(down for _, down in fleet.traffic.values()),
+        "up": sum(up for up, _, _ in fleet.traffic.values()),
+        "down": sum(down for _, down, _ in fleet.traffic.values()),
+        "audits": sum(audits for _, _, audits in fleet.traffic.values()),
         "base_and_data": sum(ref.size for ref in plan.resolved.files()),
         "adapter": plan.resolved.lora.initial.size,
     }
@@ -300,6 +302,7 @@ def _document(
             }
             for address, worker in view["workers"].items()
         ],
+        "auditors": [{"wallet": address, **auditor} for address, auditor in view["auditors"].items()],
         "settlements": [
             {"round": row["round"], "root": row["root"], "total": row["total"], "tx": row["tx"]}
             for row in view["settlements"]
@@ -327,6 +330,11 @@ def _say(document: Document, out: Output) -> None:
         out.note(
             f"worker {wiring.short(worker['wallet'])}  {worker['accepted']} shards accepted  "
             f"claimed {money.show(int(worker['claimed']))} TRAIN"
+        )
+    for auditor in document["auditors"]:
+        out.note(
+            f"auditor {wiring.short(auditor['wallet'])}  {count(auditor['replays'], 'replay')}  "
+            f"earned {money.show(int(auditor['fees']))} TRAIN"
         )
     out.note(f"{money.show(int(document['escrow']['refundable']))} TRAIN unspent; they come back after the grace time")
     out.note(

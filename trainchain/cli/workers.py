@@ -49,8 +49,8 @@ class Fleet:
         """`wallet` is the one that all workers use; each makes its own where there is none to use."""
         threads = max(1, (os.cpu_count() or 1) // workers)
         self.homes = [state / f"worker-{number}" for number in range(1, workers + 1)]
-        self.traffic: dict[str, tuple[int, int]] = {}
-        """Bytes up and down by worker, until its last accepted shard."""
+        self.traffic: dict[str, tuple[int, int, int]] = {}
+        """Bytes up and down by worker, until its last accepted shard, and of those up what audits wanted."""
         self._progress = progress
         self._failures: list[TrainChainError] = []
         self._unable: set[str] = set()
@@ -79,7 +79,7 @@ class Fleet:
 
     def _note(self, name: str, event: Document) -> None:
         if event.get("event") == "accepted":
-            self.traffic[name] = (int(event["bytes_up"]), int(event["bytes_down"]))
+            self.traffic[name] = (int(event["bytes_up"]), int(event["bytes_down"]), int(event["bytes_audits"]))
             self._failures.clear()
         elif event.get("event") == "failed":
             if self._failures and self._failures[-1].code != event["code"]:

@@ -71,6 +71,7 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
         evaluations = rows(schema.evaluations, schema.evaluations.c.round, schema.evaluations.c.candidate)
         settlements = rows(schema.settlements, schema.settlements.c.round)
         audits = {a["lease"]: a for a in rows(schema.audits, schema.audits.c.drawn)}
+        replays = [r for r in rows(schema.replays, schema.replays.c.done) if r["done"] is not None]
         held = {r["id"]: r for r in rows(schema.leases, schema.leases.c.taken) if r["state"] == "held"}
         last = db.execute(select(func.max(schema.events.c.seq)).where(schema.events.c.job == job_id)).scalar()
     given = {(c["round"], c["shard"]): c for c in contributions}
@@ -144,6 +145,11 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
         entry["accepted"] += 1
         entry["tokens"] += recipe.counts[contribution["round"] - 1][contribution["shard"]].tokens
         entry["reward"] += contribution["reward"]
+    auditors: dict[str, dict[str, int]] = {}
+    for replay in replays:
+        mine = auditors.setdefault(replay["auditor"], {"replays": 0, "fees": 0})
+        mine["replays"] += 1
+        mine["fees"] += replay["fee"] if replay["forfeited"] is None else 0
     return {
         **summary(hub, job),
         "spec_hash": job["spec_hash"],
@@ -165,6 +171,7 @@ def show_job(hub: Hub, job_id: str, asker: str | None = None) -> dict[str, Any]:
         ],
         "rounds_done": view_rounds,
         "workers": {w: {**v, "reward": str(v["reward"])} for w, v in workers.items()},
+        "auditors": {a: {**v, "fees": str(v["fees"])} for a, v in auditors.items()},
         "settlements": [
             {
                 "round": s["round"],

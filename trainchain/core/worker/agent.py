@@ -359,6 +359,7 @@ class Worker:
             delta_bytes=size,
             drawn=drawn,
             bytes_up=self._client.sent,
+            bytes_audits=self._answers.sent,
             bytes_down=self._client.received,
             receipt=str(path),
         )

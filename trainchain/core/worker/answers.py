@@ -89,6 +89,8 @@ class Answers:
     ) -> None:
         self._client, self._folder, self._cache, self._ties = client, folder, cache, ties
         self._tell, self._now = on_event, now
+        self.sent = 0
+        """Bytes of the states that were handed in."""
         self._refused: dict[tuple[str, tuple[int, ...]], tuple[float, float]] = {}
         """What was refused: when it is tried again, and how long is waited after that."""
         self._waits: list[tuple[Audited, Handed]] = []
@@ -200,6 +202,7 @@ class Answers:
             answer = note.answer or self._reopened(place, note, row)
             for index in row.wants:
                 self._client.upload(f"/v1/leases/{row.lease}/states/{index}", _state(place, index))
+                self.sent += _state(place, index).stat().st_size
             self._client.post(f"/v1/leases/{row.lease}/answer", answer.model_dump(mode="json"))
             self._tell("answered", **_place_of(note.lease), segment=row.segment, states=row.wants)
         except (TrainChainError, OSError, ValueError, KeyError) as error:
