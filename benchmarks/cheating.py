@@ -276,15 +276,16 @@ def race(honest: int, busy: float, *, idle: bool, games: int, seed: int) -> floa
     return round(won / games, 3)
 
 
-def break_even() -> list[dict[str, float]]:
+def break_even() -> list[dict[str, float | None]]:
     """How many audits of a full queue may fail to catch a forgery, by cost, before forging pays; and of a newcomer's
-    first shard. And which share of yes-men among auditors makes so many."""
-    found = []
+    first shard. And which share of yes-men among auditors makes so many: None where not even all of them do."""
+    found: list[dict[str, float | None]] = []
     for cost in COSTS:
         missed = max(0.0, 1 - cost / float(probability(VESTING + 1) * (VESTING + 1)))
-        friends = next(q / 1000 for q in range(1001) if _passes(q / 1000) >= missed)
-        found.append({"c": cost, "missed": missed, "missed, first shard": 1 - cost, "yes-men": friends})
-    return [{name: round(value, 3) for name, value in row.items()} for row in found]
+        friends = next((q / 1000 for q in range(1001) if _passes(q / 1000) >= missed), None)
+        row = {"c": cost, "missed": round(missed, 3), "missed, first shard": round(1 - cost, 3), "yes-men": friends}
+        found.append(row)
+    return found
 
 
 def _passes(friends: float) -> float:
